@@ -1,0 +1,53 @@
+# Every target sets up what it needs: a machine with python3 (>= 3.10) and make is enough.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+READY  := $(VENV)/.ready
+PYTEST := $(BIN)/python -m pytest -q --durations=5
+ARGS   ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup train test test-spec test-interp test-compile test-optim test-gpu check format clean
+
+help:            ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 >= 3.10 is needed, found $$($(PYTHON) --version)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 cannot make virtual environments here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,dev]'
+	@touch $@
+
+setup: $(READY) ## create .venv with pinned dependencies
+
+train: $(READY)  ## train a small language model and compare optimizers (ARGS="--help" lists the options)
+	$(BIN)/lowmem train $(ARGS)
+
+test: test-spec test-interp test-compile test-optim ## every tier that needs no GPU
+
+test-spec: $(READY) ## references against float64 oracles (budget: 1 minute)
+	$(PYTEST) tests/spec -n 2
+
+test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
+	TRITON_INTERPRET=1 $(PYTEST) tests/interp -n 2
+
+test-compile: $(READY) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 3 minutes)
+	$(PYTEST) tests/compile -n 2
+
+test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 2 minutes)
+	$(PYTEST) tests/optim -n 2
+
+test-gpu: $(READY) ## kernels and optimizers on this machine's GPU
+	$(PYTEST) tests/gpu
+
+check: $(READY)  ## format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(READY) ## rewrite files as `make check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:           ## remove the environment, runs and caches
+	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
