@@ -1,5 +1,12 @@
-"""Fused kernels for optimizers that keep almost no state. See README.md for the families."""
+"""Fused kernels for optimizers that keep almost no state: one launch for many tensors, one trip through memory.
+
+Families of verbs live in subpackages (`lowmem_kernels.elementwise`); each verb has a torch reference, which is its
+specification and the path for CPUs, and Triton kernels. What all of them share is here.
+"""
+
+from .dispatch import choose, why_not_triton
+from .options import GradTransform, Rounding
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+__all__ = ["GradTransform", "Rounding", "__version__", "choose", "why_not_triton"]

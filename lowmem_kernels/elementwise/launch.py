@@ -1,0 +1,142 @@
+"""Launching the elementwise kernels: plans, tables, and nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..device import launching_on
+from ..options import GradTransform, Rounding
+from ..table import Layout, counters, tables
+from .kernels import _adamw_kernel, _grad_stats_kernel, _scaled_update_kernel
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+#: Partial sums of grad_stats. A constant, so that the bits of a norm are the same on every device; about eight
+#: programs of four warps for each processor of an H100, which is enough to keep its memory busy.
+STATS_PROGRAMS = 1024
+
+
+@dataclass(frozen=True)
+class ElementwisePlan:
+    """Elements of a program, elements it holds in registers at a time, warps."""
+
+    tile: int
+    block: int
+    num_warps: int
+
+
+def plan_tile(numel: int) -> int:
+    """Return the elements of one program for ``numel`` elements in all.
+
+    Long tiles share the cost of finding the row (eight dependent loads for 200 tensors) and of the step counter's
+    atomic; below 2**24 elements they would leave some of about a thousand program slots of an H100 idle. Computed, not
+    measured.
+    """
+    return 16384 if numel >= 1 << 24 else 2048
+
+
+def plan_elementwise(tile: int, layout: Layout) -> ElementwisePlan:
+    """Return the plan of one launch. No result depends on it.
+
+    Aligned: 8 elements for each thread are one 16-byte access of bfloat16 and two of float32, at 74 registers for
+    AdamW on sm_90. Otherwise accesses are single elements with an address each, and 8 of them would take 194 registers.
+    """
+    return ElementwisePlan(tile=tile, block=1024 if layout.aligned else 512, num_warps=4)
+
+
+def adamw_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.elementwise.adamw_`: one launch for each layout that occurs."""
+    beta1, beta2 = betas
+    _launch_update(
+        _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), transform, rounding,
+        lr=_device_scalar(lr), weight_decay=weight_decay, eps=eps,
+        # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
+        one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
+        STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else None,
+    )  # fmt: skip
+
+
+def scaled_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
+    _launch_update(
+        _scaled_update_kernel, (params, grads, steps), transform, rounding, lr=_device_scalar(lr), weight_decay=weight_decay
+    )  # fmt: skip
+
+
+def grad_stats(grads: Sequence[Tensor]) -> Tensor:
+    """As `lowmem_kernels.elementwise.grad_stats`: one launch for each layout that occurs."""
+    device = grads[0].device
+    results = []
+    for table in tables((grads, grads), [0] * len(grads), plan_tile(sum(g.numel() for g in grads))):
+        plan = plan_elementwise(table.tile, table.layout)
+        partial = torch.empty(2 * STATS_PROGRAMS, dtype=torch.float32, device=device)
+        results.append(torch.empty(2, dtype=torch.float32, device=device))
+        with launching_on(device):
+            _grad_stats_kernel[(min(table.tiles, STATS_PROGRAMS),)](
+                table.values, counters(1, device), partial, results[-1], table.rows, table.tiles,
+                GRAD=TRITON_DTYPES[grads[0].dtype], ALIGNED=table.layout.aligned, STRIDED=table.layout.strided,
+                TILE=plan.tile, BLOCK=plan.block, PROGRAMS=STATS_PROGRAMS,
+                num_warps=plan.num_warps, enable_fp_fusion=False,
+            )  # fmt: skip
+    return results[0] if len(results) == 1 else torch.stack(results).sum(0)
+
+
+def _launch_update(
+    kernel: Any, columns: Sequence[Sequence[Tensor]], transform: GradTransform, rounding: Rounding, **arguments: Any
+) -> None:
+    params, grads = columns[0], columns[1]
+    if not params:
+        return
+    device = params[0].device
+    for table in tables(columns, rounding.keys(len(params)), plan_tile(sum(p.numel() for p in params))):
+        plan = plan_elementwise(table.tile, table.layout)
+        with launching_on(device):
+            kernel[(table.tiles,)](
+                table.values, counters(table.rows, device), transform.skipped, transform.found_inf, table.rows,
+                scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
+                clip_value=transform.clip_value, clip_coef=transform.clip_coef,
+                PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
+                ALIGNED=table.layout.aligned, STRIDED=table.layout.strided,
+                STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
+                TILE=plan.tile, BLOCK=plan.block, num_warps=plan.num_warps, enable_fp_fusion=False, **arguments,
+            )  # fmt: skip
+    # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
+    torch.autograd.graph.increment_version(params)
+
+
+def _device_scalar(value: float | Tensor) -> float | Tensor:
+    """Leave a number or a scalar on the device alone; read one on the host, which costs no synchronization."""
+    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta > 0 else -math.inf

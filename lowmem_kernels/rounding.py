@@ -1,0 +1,97 @@
+"""Stochastic rounding: the noise as a hash, and rounding to bfloat16 with it. The torch twin of fragments.py.
+
+A value between two bfloat16 neighbours goes to the upper one with the probability of its distance from the lower one,
+so that the mean of many small updates survives where rounding to nearest would drop each of them. Writing x as its 32
+bits, ``round(x) = (bits(x) + u) & 0xffff0000`` with u uniform on 0 .. 65535 does exactly that for either sign.
+
+The noise is a function of *what* is rounded, not of when a generator was called, so every execution order, backend and
+sharding draws the same. Element i (contiguous, global) of the tensor ``uid`` at ``step`` takes one half of
+
+    mix32(lo(i // 2) ^ combine(key, hi(i // 2))),    key = combine(combine(tensor_key(seed, uid), step), stream)
+
+where ``stream`` separates what one step writes for one parameter: 0 is the parameter, 1, 2, ... its states in the order
+of the verb's arguments. The lower half goes to even i, the upper
+to odd i. mix32 is the two-round xor-shift-multiply bijection "lowbias32" found by Chris Wellons' hash prospector: about
+ten integer instructions for two elements, which neither a GPU's memory-bound kernel nor a CPU notices much.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MULTIPLIER_1 = 0x7FEB352D
+MULTIPLIER_2 = 0x846CA68B
+GOLDEN_RATIO = 0x9E3779B9
+_WORD = 0xFFFFFFFF
+
+
+def mix32(word: int) -> int:
+    """Return the avalanche hash of a 32-bit word: a bijection in which every input bit flips every output bit with p = 1/2."""
+    word ^= word >> 16
+    word = (word * MULTIPLIER_1) & _WORD
+    word ^= word >> 15
+    word = (word * MULTIPLIER_2) & _WORD
+    return word ^ (word >> 16)
+
+
+def combine(key: int, word: int) -> int:
+    """Fold one more 32-bit word into a 32-bit key. The constant keeps (0, 0) from staying 0."""
+    return mix32(((key ^ word) + GOLDEN_RATIO) & _WORD)
+
+
+@lru_cache(maxsize=1 << 16)
+def tensor_key(seed: int, uid: int) -> int:
+    """Return the 32-bit key of a tensor from the run's seed and the tensor's uid (both taken modulo 2**64)."""
+    key = 0
+    for number in (seed, uid):
+        key = combine(combine(key, number & _WORD), (number >> 32) & _WORD)
+    return key
+
+
+def stream_key(key: int, step: int, stream: int) -> int:
+    """Return the key of one write: the tensor's key, the step it belongs to (from 1) and which tensor is written."""
+    return combine(combine(key, step & _WORD), stream)
+
+
+def noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
+    """Return the int32 noise, 0 .. 65535, of elements ``start .. start + count - 1``; ``key`` is a stream_key."""
+    first, last = start // 2, (start + max(count, 1) - 1) // 2
+    if first >> 32 != last >> 32:
+        boundary = (last >> 32 << 33) - start
+        return torch.cat([noise(key, start, boundary, device), noise(key, start + boundary, count - boundary, device)])
+    # the bits of int32 arithmetic are those of uint32; only right shifts need their sign bits masked off
+    h = _pair_index(last - first + 1, device) + _signed(first & _WORD)
+    h.bitwise_xor_(_signed(combine(key, first >> 32)))
+    shifted = torch.empty_like(h)
+    for shift, multiplier in ((16, MULTIPLIER_1), (15, MULTIPLIER_2), (16, None)):
+        torch.bitwise_right_shift(h, shift, out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
+        if multiplier is not None:
+            h.mul_(_signed(multiplier))
+    # little endian: the halves of the words, in memory order, are the elements in order
+    return h.view(torch.uint16)[start % 2 :][:count].to(torch.int32)
+
+
+def store_stochastic_(target: Tensor, value: Tensor, key: int, start: int) -> None:
+    """Write fp32 ``value`` into bfloat16 ``target`` with stochastic rounding.
+
+    ``start`` is the index of the first element; ``value`` lists the elements in logical order and is overwritten. Inf
+    stays Inf by the arithmetic, NaN by being excluded: its bits plus noise could wrap around to a number.
+    """
+    has_nan = bool(torch.isnan(value.sum()))
+    original = value.clone() if has_nan else value
+    bits = value.view(torch.int32)
+    bits.add_(noise(key, start, value.numel(), value.device).view(value.shape)).bitwise_and_(~0xFFFF)
+    target.copy_(torch.where(original.isnan(), original, value) if has_nan else value)
+
+
+@lru_cache(maxsize=8)
+def _pair_index(count: int, device: torch.device) -> Tensor:
+    return torch.arange(count, dtype=torch.int32, device=device)
+
+
+def _signed(word: int) -> int:
+    return word - (1 << 32) if word >= 1 << 31 else word
