@@ -43,7 +43,7 @@ def find_row(table_ptr, rows, tile, COLUMNS: tl.constexpr):
 
 @triton.jit
 def address(row_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer in a column of the row. The promise of 16 bytes has to be repeated: it cannot be seen in a loaded integer."""
+    """Pointer in a column of the row. Its 16-byte alignment must be promised: it cannot be seen in a loaded integer."""
     pointer = tl.load(row_ptr + _HEADER + COLUMN).to(tl.pointer_type(DTYPE))
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
@@ -165,7 +165,7 @@ def one_minus_power(log_base, exponent):
 
 @triton.jit
 def count_skipped(skipped_ptr, count):
-    """Add this program's number of skipped elements to the counter on the device, if there is one and anything to add."""
+    """Add this program's number of skipped elements to the counter on the device, if there is one."""
     if skipped_ptr is not None:
         if count > 0:
             tl.atomic_add(skipped_ptr, count.to(tl.int64), sem="relaxed")

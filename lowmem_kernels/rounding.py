@@ -29,7 +29,7 @@ _WORD = 0xFFFFFFFF
 
 
 def mix32(word: int) -> int:
-    """Return the avalanche hash of a 32-bit word: a bijection in which every input bit flips every output bit with p = 1/2."""
+    """Return the hash of a 32-bit word: a bijection in which any input bit flips each output bit with p near 1/2."""
     word ^= word >> 16
     word = (word * MULTIPLIER_1) & _WORD
     word ^= word >> 15

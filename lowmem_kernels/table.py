@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ def counters(rows: int, device: torch.device) -> Tensor:
     return _counters(1 << (rows - 1).bit_length(), device, stream_id(device))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 

@@ -88,7 +88,8 @@ def scaled_update_(
 ) -> None:
     """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
     _launch_update(
-        _scaled_update_kernel, (params, grads, steps), transform, rounding, lr=_device_scalar(lr), weight_decay=weight_decay
+        _scaled_update_kernel, (params, grads, steps), transform, rounding,
+        lr=_device_scalar(lr), weight_decay=weight_decay,
     )  # fmt: skip
 
 

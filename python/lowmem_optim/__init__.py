@@ -1,3 +1,9 @@
-"""Optimizers that train large PyTorch models with almost no optimizer memory."""
+"""Optimizers that train large PyTorch models with almost no optimizer memory.
 
-__all__: list[str] = []
+They are ordinary torch.optim optimizers, with groups, schedulers, closures, GradScaler and checkpoints.
+"""
+
+from .adamw import AdamW
+from .lomo import Lomo
+
+__all__ = ["AdamW", "Lomo"]

@@ -1,0 +1,231 @@
+"""The optimizer behind all optimizers: the one step loop, state, and what a checkpoint may and may not do to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from itertools import chain
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim.optimizer import Optimizer, ParamsT
+
+from lowmem_kernels import GradTransform
+from lowmem_kernels.elementwise import grad_stats
+
+from .buckets import Bucket, make_buckets
+from .checkpoint import converted_state, uid_of
+from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_names, check_param
+
+StateDict = dict[str, Any]
+
+
+class LowMemOptimizer(Optimizer):
+    """Base class: a subclass says what its options may be, what state a parameter has, and what one update is.
+
+    It implements `check_options`, `new_state` and `update`, and passes its own options and the common ones to
+    ``__init__``. Everything else is here: groups, buckets, device scalars, non-finite gradients, checkpoints.
+    """
+
+    # GradScaler then sets `grad_scale` and `found_inf` and leaves unscaling to the kernels
+    _step_supports_amp_scaling = True
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+
+    def __init__(self, params: ParamsT, own: dict[str, Any], common: CommonOptions) -> None:
+        check_names(common, {*own, *COMMON_DEFAULTS}, unknown_is_error=True)
+        defaults = {**own, **COMMON_DEFAULTS, **common}
+        check_common(defaults)
+        self.check_options(defaults)
+        self._nonfinite: dict[torch.device, Tensor] = {}
+        super().__init__(params, defaults)
+
+    # what a subclass says
+
+    def check_options(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError when an option of this optimizer has a value that is not allowed."""
+        raise NotImplementedError
+
+    def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Return the state tensors of a parameter before its first update, apart from ``step``."""
+        raise NotImplementedError
+
+    def update(self, bucket: Bucket) -> None:
+        """Update the bucket's parameters and states, in place, once."""
+        raise NotImplementedError
+
+    # the step
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; return what ``closure``, which recomputes the loss, returns.
+
+        Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, before any update.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        buckets = make_buckets(self._entries())
+        self._set_transforms(buckets)
+        for bucket in buckets:
+            self.update(bucket)
+        return loss
+
+    def _entries(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]:
+        """(group, parameter, gradient, state) of what has a gradient, which is checked before any state is made."""
+        found = []
+        for group, param, identity in self._parameters():
+            if param.grad is not None:
+                if param.grad.layout is not torch.strided:
+                    raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
+                found.append((group, param, param.grad, identity))
+        return [(group, param, grad, self._state_of(param, group, identity)) for group, param, grad, identity in found]
+
+    def _set_transforms(self, buckets: list[Bucket]) -> None:
+        """Give every bucket its GradTransform, without waiting for the device."""
+        grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        inv_scale = None if grad_scale is None else grad_scale.float().reciprocal()
+        stats = _stats_of_all(buckets)
+        if stats is not None:
+            self._nonfinite_on(stats.device).add_(stats[1].long())
+        for bucket in buckets:
+            group, device = bucket.group, bucket.device
+            bucket.transform = GradTransform(
+                inv_scale=_on(device, inv_scale),
+                clip_value=group.get("clip_grad_value"),
+                maximize=group["maximize"],
+                found_inf=_on(device, found_inf),
+                skip_nonfinite=group["skip_nonfinite"] == "tensor",
+                skipped=self._nonfinite_on(device),
+            )
+            if stats is not None:
+                bucket.transform = _with_stats(bucket.transform, group, stats.to(device, non_blocking=True))
+
+    def nonfinite_count(self) -> int:
+        """Return how many NaN and Inf gradient elements were kept from parameters so far. Waits for the device."""
+        return sum(int(count) for count in self._nonfinite.values())
+
+    def _nonfinite_on(self, device: torch.device) -> Tensor:
+        if device not in self._nonfinite:
+            self._nonfinite[device] = torch.zeros((), dtype=torch.int64, device=device)
+        return self._nonfinite[device]
+
+    # parameters and their state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, as torch.optim.Optimizer does.
+
+        Unknown keys are kept, since schedulers and trainers add their own, but one that looks like a misspelled option
+        raises TypeError. Bad values and parameters raise ValueError or TypeError. The optimizer then stays as it was.
+        """
+        super().add_param_group(dict(param_group) if isinstance(param_group, dict) else param_group)
+        group = self.param_groups[-1]
+        try:
+            check_names(group, self.defaults, unknown_is_error=False)
+            check_common(group)
+            self.check_options(group)
+            for param in group["params"]:
+                check_param(param, group)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+        if group["capturable"] and not isinstance(group["lr"], Tensor):
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
+
+    def init_state(self) -> None:
+        """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
+        for group, param, identity in self._parameters():
+            self._state_of(param, group, identity)
+
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str | int]]:
+        """(group, parameter, identity) of all; the identity is the name if there are names, else the position."""
+        position = 0
+        for group in self.param_groups:
+            names = group.get("param_names")
+            for i, param in enumerate(group["params"]):
+                yield group, param, names[i] if names else position
+                position += 1
+
+    def _state_of(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            state["uid"] = uid_of(identity)
+            state.update(self.new_state(param, group))
+        return state
+
+    # checkpoints
+
+    def __setstate__(self, state: StateDict) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_nonfinite", {})
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load what `state_dict` returned, here or by another optimizer with the same state names.
+
+        Unlike torch.optim, state is never cast down to the parameters' dtype, and options that the checkpoint does not
+        have keep their defaults. Raises ValueError, with nothing changed, where states do not fit the parameters.
+        """
+        states: dict[Tensor, dict[str, Any]] = {}
+
+        def take(_: Optimizer, incoming: StateDict) -> StateDict:
+            """Runs after the user's pre-hooks: convert all states, and leave torch none to cast."""
+            saved_groups = incoming["param_groups"]
+            for saved in saved_groups:
+                options = {**self.defaults, **saved}
+                check_common(options)
+                self.check_options(options)
+            saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
+            for saved_id, (group, param, identity) in zip(saved_ids, self._parameters(), strict=False):
+                if saved_id in incoming["state"]:
+                    expected = self.new_state(torch.empty_like(param, device="meta"), group)
+                    states[param] = converted_state(incoming["state"][saved_id], expected, param, identity)
+            return {**incoming, "state": {}}
+
+        def put(_: Optimizer) -> None:
+            """Runs before the user's post-hooks."""
+            self.state.update(states)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(take),
+            self.register_load_state_dict_post_hook(put, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+def _stats_of_all(buckets: list[Bucket]) -> Tensor | None:
+    """`grad_stats` over all buckets on the first one's device, if an option of any of them needs it."""
+    if not any(b.group["skip_nonfinite"] == "step" or b.group.get("clip_grad_norm") is not None for b in buckets):
+        return None
+    stats = [grad_stats(bucket.grads, backend=bucket.group["backend"]) for bucket in buckets]
+    return torch.stack([s.to(stats[0].device, non_blocking=True) for s in stats]).sum(0)
+
+
+def _with_stats(transform: GradTransform, group: Mapping[str, Any], stats: Tensor) -> GradTransform:
+    """Add the global clip coefficient, and skip the step where any gradient, and so the norm, is not finite."""
+    max_norm = group.get("clip_grad_norm")
+    if max_norm is not None:
+        norm = stats[0].sqrt() if transform.inv_scale is None else stats[0].sqrt() * transform.inv_scale
+        transform = replace(transform, clip_coef=(max_norm / (norm + 1e-6)).clamp(max=1.0))
+    if group["skip_nonfinite"] is not False:
+        nonfinite = (stats[1] > 0).float()
+        found_inf = nonfinite if transform.found_inf is None else torch.maximum(transform.found_inf, nonfinite)
+        transform = replace(transform, found_inf=found_inf)
+    return transform
+
+
+def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
