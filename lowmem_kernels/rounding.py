@@ -63,14 +63,14 @@ def noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
         boundary = (last >> 32 << 33) - start
         return torch.cat([noise(key, start, boundary, device), noise(key, start + boundary, count - boundary, device)])
     # the bits of int32 arithmetic are those of uint32; only right shifts need their sign bits masked off
-    h = _pair_index(last - first + 1, device) + _signed(first & _WORD)
-    h.bitwise_xor_(_signed(combine(key, first >> 32)))
+    h = _pair_index(last - first + 1, device) + _int32(first & _WORD)
+    h.bitwise_xor_(_int32(combine(key, first >> 32)))
     shifted = torch.empty_like(h)
-    for shift, multiplier in ((16, MULTIPLIER_1), (15, MULTIPLIER_2), (16, None)):
-        torch.bitwise_right_shift(h, shift, out=shifted)
-        h.bitwise_xor_(shifted.bitwise_and_((1 << (32 - shift)) - 1))
-        if multiplier is not None:
-            h.mul_(_signed(multiplier))
+    for shift, multiplier in ((16, MULTIPLIER_1), (15, MULTIPLIER_2), (16, 1)):
+        torch.bitwise_right_shift(h, _int32(shift), out=shifted)
+        h.bitwise_xor_(shifted.bitwise_and_(_int32(_WORD >> shift)))
+        if multiplier != 1:
+            h.mul_(_int32(multiplier))
     # little endian: the halves of the words, in memory order, are the elements in order
     return h.view(torch.uint16)[start % 2 :][:count].to(torch.int32)
 
@@ -93,5 +93,7 @@ def _pair_index(count: int, device: torch.device) -> Tensor:
     return torch.arange(count, dtype=torch.int32, device=device)
 
 
-def _signed(word: int) -> int:
-    return word - (1 << 32) if word >= 1 << 31 else word
+@lru_cache(maxsize=1024)
+def _int32(word: int) -> Tensor:
+    """A uint32 as a 0-d int32 with its bits; a Python number would be converted once more in every operation."""
+    return torch.tensor(word - (1 << 32) if word >> 31 else word, dtype=torch.int32)
