@@ -1,6 +1,7 @@
 """The inspection tools on kernels whose code is known: what they report, and that they leave nothing behind."""
 
 import re
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,6 +27,16 @@ def _center_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr):
     x = tl.load(x_ptr + offs)
     # the whole tile is live until its maximum is known
     tl.store(y_ptr + offs, x - tl.max(x))
+
+
+@triton.jit
+def _gram_kernel(x_ptr, y_ptr, steps, K: tl.constexpr):
+    offs = tl.arange(0, K)
+    total = tl.zeros((K, K), dtype=tl.float32)
+    for step in range(steps):
+        x = tl.load(x_ptr + step * K * K + offs[:, None] * K + offs[None, :])
+        total = tl.dot(x, x, total)
+    tl.store(y_ptr + offs[:, None] * K + offs[None, :], total)
 
 
 @triton.jit
@@ -97,6 +108,17 @@ def test_ragged_copy_is_narrow(target_name: str, dtype: str, bits: int) -> None:
     assert report.narrow_loads(below_bits=128) == report.narrow_stores(below_bits=128) == per_thread
 
 
+def test_asynchronous_copies_are_loads() -> None:
+    pointers = {"x_ptr": "*bf16", "y_ptr": "*fp32"}
+    options = {"num_warps": 4, "num_stages": 3}
+    case = CompileCase("gram", _gram_kernel, {**pointers, "steps": "i32"}, {"K": 32}, tuple(pointers), options)
+    compiled = compile_case(case, "sm_80")
+    assert "cp.async" in compiled.asm["ptx"]
+    report = inspect_kernel(compiled, "sm_80")
+    assert report.loads.keys() == {128}
+    assert report.shared_bytes > 0
+
+
 @pytest.mark.parametrize(
     ("target_name", "fewer_registers"), [("sm_90", {"maxnreg": 32}), ("gfx942", {"waves_per_eu": 8})]
 )
@@ -117,31 +139,32 @@ def test_occupancy_by_registers_agrees_with_llvm() -> None:
         assert inspect_kernel(compiled, "gfx942").occupancy == waves / 8
 
 
+@pytest.mark.parametrize(("registers", "waves"), [(64, 8), (65, 7), (80, 6), (85, 5), (128, 4), (129, 3), (257, 1)])
+def test_registers_are_granted_by_eights(registers: int, waves: int) -> None:
+    compiled = compile_case(_copy_case(num_warps=1), "gfx942")
+    listing, replaced = re.subn(r"(\.vgpr_count: +)\d+", rf"\g<1>{registers}", compiled.asm["amdgcn"])
+    assert replaced == 1
+    report = inspect_kernel(_pretend(compiled, asm={"amdgcn": listing}), "gfx942")
+    assert report.registers == registers
+    assert report.occupancy == waves / 8
+
+
 @pytest.mark.parametrize(
     ("target_name", "kibibytes"), [("sm_80", 164), ("sm_90", 228), ("sm_100", 228), ("gfx942", 64)]
 )
 def test_occupancy_by_shared_memory(target_name: str, kibibytes: int) -> None:
     compiled = compile_case(_copy_case(num_warps=8), target_name)
-    reserved = 0 if target_name == "gfx942" else 1024
-    warps = 32 if target_name == "gfx942" else 64
-    for blocks in (0, 3):
-        # one byte too much for blocks + 1
-        shared = (kibibytes << 10) // (blocks + 1) - reserved + 1
-        grown = _with_metadata(compiled, shared=shared)
-        report = inspect_kernel(grown, target_name)
+    reserved, warps = (0, 32) if target_name == "gfx942" else (1024, 64)
+    two_fit = (kibibytes << 9) - reserved
+    for shared, blocks in ((two_fit, 2), (two_fit + 1, 1)):
+        report = inspect_kernel(_pretend(compiled, shared=shared), target_name)
         assert report.shared_bytes == shared
         assert report.occupancy == blocks * 8 / warps
 
 
-def _with_metadata(compiled: Any, **changes: Any) -> Any:
-    """A view of a compiled kernel that claims other metadata."""
-
-    class View:
-        asm = compiled.asm
-        name = compiled.name
-        metadata = compiled.metadata._replace(**changes)
-
-    return View()
+def _pretend(compiled: Any, asm: dict[str, Any] | None = None, **metadata: Any) -> Any:
+    """The compiled kernel with other code or metadata."""
+    return SimpleNamespace(name=compiled.name, asm=asm or compiled.asm, metadata=compiled.metadata._replace(**metadata))
 
 
 @pytest.mark.parametrize("target_name", TARGETS)
@@ -220,12 +243,13 @@ def test_fake_drivers_nest_and_restore() -> None:
     x = torch.ones(64)
     former, devices = driver._active, list(_center_kernel.device_caches)
     with fake_driver("sm_80") as outer:
+        compiled = _center_kernel[(1,)](x, x, BLOCK=64)
+        assert compiled.metadata.target == TARGETS["sm_80"]
         with fake_driver("gfx942") as inner:
             compiled = _center_kernel[(1,)](x, x, BLOCK=64)
             assert compiled.metadata.target == TARGETS["gfx942"]
         assert driver.active is outer
-        compiled = _center_kernel[(1,)](x, x, BLOCK=64)
-        assert compiled.metadata.target == TARGETS["sm_80"]
+        assert outer.count_variants(_center_kernel) == 1
         assert (inner.count_launches(), outer.count_launches()) == (1, 1)
     assert driver._active is former
     assert list(_center_kernel.device_caches) == devices

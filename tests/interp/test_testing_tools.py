@@ -90,6 +90,13 @@ def test_one_access_can_hit_several_tensors() -> None:
     assert traffic.written == {"other": 16}
 
 
+def test_a_tensor_ends_after_its_last_element() -> None:
+    x, y = torch.randn(8), torch.empty(8)
+    with count_bytes({"middle": x[2:5]}) as traffic:
+        _copy_kernel[(1,)](x, y, 8, 1, BLOCK=8)
+    assert traffic.read == {"middle": 12, "other": 20}
+
+
 def test_counting_ends_with_the_block() -> None:
     def methods() -> list[object]:
         return [getattr(InterpreterBuilder, name) for name in WRAPPED]
@@ -109,7 +116,8 @@ def test_overlapping_tensors_are_refused() -> None:
     x = torch.empty(8)
     with pytest.raises(ValueError, match="'head' and 'tail' overlap"), count_bytes({"tail": x[3:], "head": x[:4]}):
         pass
-    with count_bytes({"tail": x[4:], "head": x[:4]}):
+    matrix = torch.empty(4, 4)
+    with count_bytes({"tail": x[4:], "head": x[:4], "matrix": matrix, "empty": [matrix[:, :0]] * 2}):
         pass
 
 
