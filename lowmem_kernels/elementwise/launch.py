@@ -130,7 +130,8 @@ def _launch_update(
             kernel[(table.tiles,)](
                 table.values, counters(table.rows, device), transform.skipped, transform.found_inf, table.rows,
                 scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                clip_value=None if transform.clip_value is None else float(transform.clip_value), clip_coef=transform.clip_coef,
+                clip_value=None if transform.clip_value is None else float(transform.clip_value),
+                clip_coef=transform.clip_coef,
                 PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
                 ALIGNED=table.layout.aligned, STRIDED=table.layout.strided,
                 STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,

@@ -53,7 +53,7 @@ class KernelReport:
 
     registers: per thread (on AMD vector registers, accumulation registers included).
     stack_bytes: private memory per thread.
-    spills: instructions that access private memory (NVIDIA), or registers spilled (AMD).
+    spills: instructions that access private memory (NVIDIA), or vector registers spilled (AMD).
     shared_bytes: shared memory per block that the kernel asks for.
     occupancy: resident threads per multiprocessor over the most it can hold, in [0, 1]; 0 means that it cannot launch.
     instructions: number of instructions, padding left out.
@@ -239,7 +239,8 @@ def _read_amd(compiled: CompiledKernel) -> dict[str, Any]:
     return {
         "registers": metadata("vgpr_count"),
         "stack_bytes": metadata("private_segment_fixed_size"),
-        "spills": metadata("vgpr_spill_count") + metadata("sgpr_spill_count"),
+        # spilled scalar registers go to lanes of vector registers, not to memory
+        "spills": metadata("vgpr_spill_count"),
         "instructions": len(opcodes),
         "loads": Counter(accesses("load")),
         "stores": Counter(accesses("store")),

@@ -4,6 +4,7 @@ import re
 from functools import cache
 
 import pytest
+
 from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
 from lowmem_kernels.testing.compile_cases import compile_cases
 
@@ -12,13 +13,21 @@ CASES = {
 }
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
-# a case is compiled once and read by all tests of its parameter set, which run in one worker
-pytestmark = pytest.mark.parametrize(("target", "name"), CASES, ids=["-".join(key) for key in CASES])
+# compiling and disassembling take a second each: with --dist loadgroup one worker runs all tests of a case
+pytestmark = pytest.mark.parametrize(
+    ("target", "name"),
+    [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
+)
 
 
 @cache
 def compiled(target: str, name: str):
     return compile_case(CASES[target, name], target)
+
+
+@cache
+def inspected(target: str, name: str):
+    return inspect_kernel(compiled(target, name), target)
 
 
 def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:
@@ -32,19 +41,20 @@ def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:
 
 
 def test_fits_in_registers(target, name):
-    # sm_80 may spill a register or two at these tiles, which were chosen for sm_90 and later
-    if target == "sm_80":
-        assert inspect_kernel(compiled(target, name), target).stack_bytes <= 16
+    report = inspected(target, name)
+    if target == "sm_80" or CASES[target, name].constexprs["STRIDED"]:
+        # the tiles were chosen for sm_90, and NVIDIA's 64-bit division, which strided layouts need, is a call with a
+        # frame of its own: a register or two may be saved
+        assert report.stack_bytes <= 16, report
     else:
-        report = inspect_kernel(compiled(target, name), target)
         assert not report.spilled, report
-        # six blocks of four warps hide the latency of memory at 16 bytes for each thread and tensor in flight
-        assert report.occupancy >= 0.25, report
+    # four blocks of four warps, each with 16 bytes of every tensor in flight for each thread, cover memory's latency
+    assert report.occupancy >= 0.25, report
 
 
 def test_bulk_accesses_are_16_bytes(target, name):
     case = CASES[target, name]
-    report = inspect_kernel(compiled(target, name), target)
+    report = inspected(target, name)
     reads, writes = tensor_bits(case)
     if not case.constexprs["ALIGNED"]:
         # nothing is promised, so nothing may be assumed: a vector access here would fault on a GPU
@@ -71,7 +81,7 @@ def test_addresses_are_64_bits(target, name):
             assert offset.pointer in {"table_ptr", "counter_ptr", "partial_ptr", "out_ptr"}, offset
     ttir = kernel.asm["ttir"]
     assert re.search(rf"arith\.muli .*, %c{case.constexprs['TILE']}_i64", ttir), "the start of a tile is not 64 bits"
-    # 32-bit products are those of the hash (two odd multipliers) and of the dims of a tensor (times 3): none can overflow
-    # into an address
+    # 32-bit products are those of the hash (two odd multipliers) and of a tensor's number of dimensions (times 3): none
+    # can overflow into an address
     factors = set(re.findall(r"arith\.muli [^,]*, %c(-?\d+)_i32", ttir))
     assert factors <= {"2146121005", "-2073254261", "3"}, factors
