@@ -14,7 +14,7 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import grad_stats
 
-from .buckets import Bucket, make_buckets
+from .buckets import Bucket
 from .checkpoint import converted_state, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_names, check_param
 
@@ -71,21 +71,29 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = make_buckets(self._entries())
+        buckets = self._buckets()
         self._set_transforms(buckets)
         for bucket in buckets:
             self.update(bucket)
         return loss
 
-    def _entries(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]:
-        """(group, parameter, gradient, state) of what has a gradient, which is checked before any state is made."""
-        found = []
+    def _buckets(self) -> list[Bucket]:
+        """What has a gradient, sorted into buckets. All gradients are checked before any state is made."""
+        for _, param, identity in self._parameters():
+            if param.grad is not None and param.grad.layout is not torch.strided:
+                raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
+        buckets: dict[tuple[Any, ...], Bucket] = {}
         for group, param, identity in self._parameters():
-            if param.grad is not None:
-                if param.grad.layout is not torch.strided:
-                    raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
-                found.append((group, param, param.grad, identity))
-        return [(group, param, grad, self._state_of(param, group, identity)) for group, param, grad, identity in found]
+            grad = param.grad
+            if grad is not None:
+                state = self._state_of(param, group, identity)
+                dtypes = [value.dtype for value in state.values() if isinstance(value, Tensor)]
+                key = (id(group), param.device, param.dtype, grad.dtype, *dtypes)
+                bucket = buckets.get(key)
+                if bucket is None:
+                    bucket = buckets[key] = Bucket(group)
+                bucket.add(param, grad, state)
+        return list(buckets.values())
 
     def _set_transforms(self, buckets: list[Bucket]) -> None:
         """Give every bucket its GradTransform, without waiting for the device."""
