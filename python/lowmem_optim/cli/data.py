@@ -46,7 +46,7 @@ def load_text(path: Path | None, context: int, max_bytes: int = MAX_BYTES) -> Te
     if path is None:
         root = Path(sysconfig.get_path("stdlib"))
         files = [f for f in root.rglob("*.py") if NOT_LIBRARY_CODE.isdisjoint(f.relative_to(root).parts)]
-        source = "Python standard library"
+        source = "the Python standard library"
     elif path.is_dir():
         root, source = path, str(path)
         files = [f for f in path.rglob("*") if not _is_hidden(f.relative_to(path))]

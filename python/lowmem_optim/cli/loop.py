@@ -69,8 +69,8 @@ class Run:
 
     @property
     def final_loss(self) -> float | None:
-        """Validation loss after the last step; None for a run that did not get there."""
-        return self.validation_loss[-1][1] if self.status == "finished" else None
+        """The last validation loss; None for a run that diverged, or was interrupted before its first validation."""
+        return self.validation_loss[-1][1] if self.validation_loss and self.status != "diverged" else None
 
 
 class NotFiniteError(Exception):

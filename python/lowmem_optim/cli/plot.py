@@ -32,7 +32,8 @@ def _draw_losses(axes: Axes, runs: list[Run]) -> None:
         axes.plot(steps, run.training_loss, color=color, alpha=0.15, linewidth=0.8)
         axes.plot(steps, smoothed(run.training_loss), color=color, linewidth=1.6, label=_label(run))
         if run.validation_loss:
-            axes.plot(*zip(*run.validation_loss, strict=True), "o", color=color, markersize=5, markeredgecolor="white")
+            points = zip(*run.validation_loss, strict=True)
+            axes.plot(*points, "o", color=color, markersize=6, markeredgecolor="white", zorder=3)
     axes.set_yscale("log")  # late differences are small beside the first steps' fall
     axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
@@ -46,10 +47,10 @@ def _draw_losses(axes: Axes, runs: list[Run]) -> None:
 
 def _draw_state(axes: Axes, runs: list[Run]) -> None:
     values = [run.state_bytes / run.parameters for run in runs]
-    bars = axes.barh(range(len(runs)), values, color=_colors(runs), height=0.6)
+    bars = axes.barh(range(len(runs)), values, color=_colors(runs), height=0.5)
     axes.bar_label(bars, fmt="%.3g", padding=4)
     axes.set_yticks(range(len(runs)), [run.optimizer for run in runs])
-    axes.set_ylim(len(runs) - 0.4, -0.6)  # first run on top
+    axes.set_ylim(max(len(runs), 4) - 0.5, -0.5)  # first run on top; a few runs do not fill the height
     axes.set_xlim(0, max(*values, 1) * 1.15)
     axes.set_title("optimizer state, bytes/parameter", fontsize=9, loc="left", color=GREY)
 
@@ -67,7 +68,8 @@ def smoothed(losses: list[float]) -> list[float]:
 
 
 def _label(run: Run) -> str:
-    return f"{run.optimizer}: {run.status if run.final_loss is None else f'{run.final_loss:.3f}'}"
+    loss = "" if run.final_loss is None else f" {run.final_loss:.3f}"
+    return run.optimizer + loss + ("" if run.status == "finished" else f" ({run.status})")
 
 
 def _colors(runs: list[Run]) -> list[str]:

@@ -41,8 +41,9 @@ ROWS: list[tuple[str, str, Callable[[float], str]]] = [
 
 def figures(run: Run, baseline: Run) -> dict[str, float | None]:
     """What a run comes to; None for what was not measured. Loss is in nats per byte unless the name says bits."""
-    loss = run.final_loss
-    above = None if run is baseline or loss is None or baseline.final_loss is None else loss - baseline.final_loss
+    loss, above = run.final_loss, None
+    if run is not baseline and run.status == baseline.status == "finished" and loss and baseline.final_loss:
+        above = loss - baseline.final_loss
     step_ms = statistics.median(run.step_ms) if run.step_ms else None
     return {
         "learning_rate": run.lr,
