@@ -31,11 +31,21 @@ COMPARED, MODEL, TRAINING, PLACE = "Optimizers", "Model and text", "Training", "
 def train_command(
     optimizer: Annotated[
         str | None,
-        _option(COMPARED, "The baseline: NAME of this package, or torch.NAME.", "-o", "--optimizer", default="adamw"),
+        _option(
+            COMPARED,
+            "The baseline: a NAME of this package, or torch.NAME.",
+            *("-o", "--optimizer"),
+            default=DEFAULT_OPTIMIZER,
+        ),
     ] = None,
     compare: Annotated[
         list[str] | None,
-        _option(COMPARED, "Another optimizer. Repeatable.", "-c", "--compare", default="lomo, unless -o is given"),
+        _option(
+            COMPARED,
+            "Another optimizer to train. Repeatable.",
+            *("-c", "--compare"),
+            default=f"{DEFAULT_COMPARISON}, unless -o is given",
+        ),
     ] = None,
     lr: Annotated[
         float | None,
