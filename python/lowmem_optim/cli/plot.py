@@ -35,7 +35,7 @@ def _draw_losses(axes: Axes, runs: list[Run]) -> None:
             points = zip(*run.validation_loss, strict=True)
             axes.plot(*points, "o", color=color, markersize=6, markeredgecolor="white", zorder=3)
     axes.set_yscale("log")  # late differences are small beside the first steps' fall
-    axes.yaxis.set_major_locator(MaxNLocator(nbins=8, steps=[1, 2, 5, 10]))
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=12, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_formatter(ScalarFormatter())
     axes.minorticks_off()
     axes.grid(axis="y", alpha=0.25)
