@@ -132,7 +132,7 @@ def test_interruption_keeps_what_was_measured(train, tmp_path, monkeypatch, step
         (["-o", "torch.adamv"], "'--optimizer': no optimizer is named 'torch.adamv'; did you mean"),
         (["-c", "torch.sdg", "-o", "torch.sgd"], "'--compare': no optimizer is named 'torch.sdg'; did you mean"),
         (["--opt", "momentun=1"], "'--opt': 'momentun' is not an argument of torch.SGD; did you mean momentum?"),
-        (["--opt", "momentum=-1"], "torch.SGD(lr=0.5, momentum=-1): Invalid momentum value"),
+        (["--opt", "momentum=-1"], "momentum=-1): Invalid momentum value"),
         (["--backend", "torch"], "'--backend': 'backend' is not an argument of torch.SGD"),
         (["--dim", "100"], "'--dim': 100 is not a multiple of 32"),
         (["--warmup", "4"], "'--warmup': 4 is more than --steps 3"),
