@@ -1,0 +1,122 @@
+"""Optimizers by name, the learning rates they start from, and options given as text."""
+
+import ast
+import difflib
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+import lowmem_optim
+
+# By class name, so that lowmem_optim.AdamW and torch.AdamW start equal. The best of a coarse sweep on the default task,
+# by validation loss after 500 steps: AdamW 1.5e-3 (1.81), 3e-3 (1.85), 1e-2 (2.46); SGD, whose update is Lomo's too,
+# 0.5 (2.32), 1 (2.53), 2 (2.57), 4 (2.76).
+LEARNING_RATES = {"AdamW": 1.5e-3, "Lomo": 0.5, "SGD": 0.5}
+
+# Arguments with a command-line option of their own
+NAMED_OPTIONS = {
+    "lr": "--lr",
+    "weight_decay": "--weight-decay",
+    "clip_grad_norm": "--clip-grad-norm",
+    "backend": "--backend",
+}
+
+# PyTorch's optimizers that cannot train this model, and why
+UNSUITABLE = {
+    "LBFGS": "it evaluates the loss several times per step",
+    "Muon": "it takes matrices only, and the model has vectors too",
+    "SparseAdam": "it takes sparse gradients only",
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An optimizer class, and the name it goes by in tables."""
+
+    name: str
+    cls: type[Optimizer]
+
+    @property
+    def learning_rate(self) -> float:
+        """The rate swept for the default task, else the constructor's own default."""
+        return LEARNING_RATES.get(self.cls.__name__, inspect.signature(self.cls).parameters["lr"].default)
+
+    def takes(self, option: str) -> bool:
+        """Whether the constructor has an argument of this name."""
+        return option in inspect.signature(self.cls).parameters
+
+    def build(self, model: nn.Module, lr: float, options: dict[str, Any]) -> Optimizer:
+        """The optimizer for the model's parameters, with those of the options that it takes.
+
+        Raises ValueError naming the optimizer when its constructor rejects an option.
+        """
+        own = {key: value for key, value in options.items() if self.takes(key)}
+        try:
+            return self.cls(model.named_parameters(), lr=lr, **own)  # type: ignore[call-arg]
+        except (TypeError, ValueError, RuntimeError) as error:
+            arguments = ", ".join(f"{key}={value!r}" for key, value in {"lr": lr, **own}.items())
+            raise ValueError(f"{self.name}({arguments}): {error}") from error
+
+
+def choices() -> dict[str, Choice]:
+    """Every optimizer that can be named, by lower-case name: lowmem_optim's, then PyTorch's as `torch.<class>`."""
+    own = {name: getattr(lowmem_optim, name) for name in lowmem_optim.__all__}
+    torchs = {f"torch.{name}": cls for name, cls in vars(torch.optim).items() if name not in UNSUITABLE}
+    return {name.lower(): Choice(name, cls) for name, cls in {**own, **torchs}.items() if _is_optimizer(cls)}
+
+
+def _is_optimizer(value: object) -> bool:
+    return isinstance(value, type) and issubclass(value, Optimizer) and value is not Optimizer
+
+
+def find(name: str) -> Choice:
+    """The optimizer of this name, in any case; raises ValueError that suggests near names."""
+    known = choices()
+    if name.lower() in known:
+        return known[name.lower()]
+    for unsuitable, reason in UNSUITABLE.items():
+        if name.lower() == f"torch.{unsuitable.lower()}":
+            raise ValueError(f"torch.{unsuitable} cannot train this model: {reason}")
+    near = difflib.get_close_matches(name.lower(), known, n=5)
+    names = ", ".join(known[key].name for key in near or known)
+    raise ValueError(f"no optimizer is named {name!r}; " + (f"did you mean {names}?" if near else f"known: {names}"))
+
+
+def parse_options(pairs: list[str], optimizers: list[Choice]) -> dict[str, Any]:
+    """Options from `key=value` texts; values are Python literals, or text where they are not.
+
+    Raises ValueError for a text without `=`, for a key that none of the optimizers takes, and for one that has a
+    command-line option of its own.
+    """
+    options = {}
+    for pair in pairs:
+        key, equals, value = pair.partition("=")
+        if not equals:
+            raise ValueError(f"{pair!r} is not of the form key=value, as in betas=(0.9, 0.95)")
+        if key in NAMED_OPTIONS:
+            raise ValueError(f"{key!r} has an option of its own, {NAMED_OPTIONS[key]}")
+        require_taker(key, optimizers)
+        options[key] = _literal(value)
+    return options
+
+
+def require_taker(key: str, optimizers: list[Choice]) -> None:
+    """Raises ValueError, with near names, unless an optimizer's constructor has an argument of this name."""
+    if any(optimizer.takes(key) for optimizer in optimizers):
+        return
+    known = {name for optimizer in optimizers for name in inspect.signature(optimizer.cls).parameters}
+    known -= {"params", *NAMED_OPTIONS}
+    near = difflib.get_close_matches(key, known, n=3)
+    hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+    raise ValueError(f"{key!r} is not an argument of {' or '.join(choice.name for choice in optimizers)}; {hint}")
+
+
+def _literal(value: str) -> Any:
+    try:
+        return ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return value

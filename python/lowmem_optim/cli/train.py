@@ -1,0 +1,218 @@
+"""`lowmem train`: trains a small language model with several optimizers and compares them."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+
+if TYPE_CHECKING:
+    from lowmem_optim.cli.data import Text
+    from lowmem_optim.cli.loop import Run, TrainConfig
+    from lowmem_optim.cli.registry import Choice
+
+DEFAULT_OPTIMIZER = "adamw"
+DEFAULT_COMPARISON = "lomo"
+ALL_DIVERGED = 1
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+def _option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
+    """An option in a panel of the help; `default` is what to show where the default is not a plain value."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=default, **settings)
+
+
+COMPARED, MODEL, TRAINING, PLACE = "Optimizers", "Model and text", "Training", "Device and files"
+
+
+def train_command(
+    optimizer: Annotated[
+        str | None,
+        _option(
+            COMPARED,
+            "The baseline: a NAME of this package, or torch.NAME.",
+            *("-o", "--optimizer"),
+            default=DEFAULT_OPTIMIZER,
+        ),
+    ] = None,
+    compare: Annotated[
+        list[str] | None,
+        _option(
+            COMPARED,
+            "Another optimizer to train. Repeatable.",
+            *("-c", "--compare"),
+            default=f"{DEFAULT_COMPARISON}, unless -o is given",
+        ),
+    ] = None,
+    lr: Annotated[
+        float | None,
+        _option(COMPARED, "Peak learning rate of all.", min=0, default="each optimizer's own for this task"),
+    ] = None,
+    weight_decay: Annotated[
+        float | None, _option(COMPARED, "Weight decay of all.", min=0, default="each optimizer's own")
+    ] = None,
+    clip_grad_norm: Annotated[
+        float, _option(COMPARED, "Largest norm of all gradients together; 0 for no limit.", min=0)
+    ] = 1.0,
+    opt: Annotated[
+        list[str] | None,
+        _option(COMPARED, "Argument for those that take it, as in betas=(0.9,0.95). Repeatable.", metavar="KEY=VALUE"),
+    ] = None,
+    backend: Annotated[
+        Literal["auto", "triton", "torch"], _option(COMPARED, "Implementation of this package's optimizers.")
+    ] = "auto",
+    layers: Annotated[int, _option(MODEL, "Transformer layers.", min=1)] = 4,
+    dim: Annotated[int, _option(MODEL, "Width, a multiple of 32.", min=1)] = 128,
+    context: Annotated[int, _option(MODEL, "Bytes per sequence.", min=1)] = 128,
+    dtype: Annotated[Literal["fp32", "bf16"], _option(MODEL, "Type of the parameters.")] = "fp32",
+    data: Annotated[
+        Path | None,
+        _option(MODEL, "Text file, or folder of text files.", default="the Python standard library's source"),
+    ] = None,
+    steps: Annotated[int, _option(TRAINING, "Steps per optimizer.", min=1)] = 600,
+    batch_size: Annotated[int, _option(TRAINING, "Sequences per step.", min=1)] = 8,
+    warmup: Annotated[
+        int | None,
+        _option(
+            TRAINING,
+            "Steps in which the learning rate rises; then a cosine lowers it to a tenth.",
+            min=0,
+            default="a twentieth of the steps",
+        ),
+    ] = None,
+    eval_every: Annotated[int, _option(TRAINING, "Steps from one validation to the next.", min=1)] = 100,
+    eval_batches: Annotated[int, _option(TRAINING, "Batches per validation.", min=1)] = 40,
+    seed: Annotated[int, _option(TRAINING, "Seed of the parameters and of the batches.", min=0)] = 0,
+    device: Annotated[str, _option(PLACE, "Where to train.", metavar="auto|cpu|cuda|cuda:N")] = "auto",
+    out: Annotated[
+        Path | None,
+        _option(PLACE, "Folder for the table, the plot and the record.", default="runs/TIME-OPTIMIZERS"),
+    ] = None,
+) -> None:
+    """Train a small language model with several optimizers, and compare loss, memory and time.
+
+    Every optimizer starts from the same parameters and sees the same text in the same order.
+    Ctrl-C stops training and keeps what was measured.
+    """
+    # here rather than above, so that `lowmem --help` need not wait for torch
+    from lowmem_optim.cli import loop, registry
+    from lowmem_optim.cli.data import load_text
+    from lowmem_optim.cli.model import ModelConfig
+
+    if compare is None and optimizer is None:
+        compare = [DEFAULT_COMPARISON]
+    with _blaming("--optimizer"):
+        choices = [registry.find(optimizer or DEFAULT_OPTIMIZER)]
+    with _blaming("--compare"):
+        choices += [registry.find(name) for name in compare or []]
+    with _blaming("--opt"):
+        options = registry.parse_options(opt or [], choices)
+    for flag, key, value in (
+        ("--weight-decay", "weight_decay", weight_decay),
+        ("--backend", "backend", None if backend == "auto" else backend),
+    ):
+        if value is not None:
+            with _blaming(flag):
+                registry.require_taker(key, choices)
+            options[key] = value
+    with _blaming("--dim"):
+        model = ModelConfig.from_width(layers, dim, context)
+    if warmup is not None and warmup > steps:
+        raise typer.BadParameter(f"{warmup} is more than --steps {steps}", param_hint="'--warmup'")
+    with _blaming("--device"):
+        device = loop.find_device(device)
+    with _blaming("--data"):
+        text = load_text(data, context)
+    config = loop.TrainConfig(
+        model=model,
+        steps=steps,
+        batch_size=batch_size,
+        lr=lr,
+        warmup=steps // 20 if warmup is None else warmup,
+        clip_grad_norm=clip_grad_norm,
+        seed=seed,
+        dtype=dtype,
+        device=device,
+        eval_every=eval_every,
+        eval_batches=eval_batches,
+        options=options,
+    )
+    with _blaming(None):
+        loop.rehearse(choices, config, text)
+    with _blaming("--out"):
+        folder = _make_folder(out or _default_folder(choices))
+
+    console = Console()
+    runs = _train_all(choices, config, text, console)
+    _report(runs, config, text, folder, console)
+    if runs[-1].status == "interrupted":
+        raise typer.Exit(INTERRUPTED)
+    if all(run.status == "diverged" for run in runs):
+        raise typer.Exit(ALL_DIVERGED)
+
+
+def _train_all(choices: "list[Choice]", config: "TrainConfig", text: "Text", console: Console) -> "list[Run]":
+    """A run for each optimizer, up to the one that was interrupted."""
+    from lowmem_optim.cli import loop
+    from lowmem_optim.cli.progress import Display
+
+    console.print(_summary(config, text), highlight=False)
+    runs: list[Run] = []
+    with Display(console, config.steps) as display:
+        for choice in choices:
+            run = loop.train(choice, config, text, display.show)
+            runs.append(run)
+            if run.status == "diverged":
+                steps = len(run.training_loss)
+                console.print(f"[red]{run.optimizer} diverged: its loss is not finite after {steps} steps[/]")
+            if run.status == "interrupted":
+                break
+    return runs
+
+
+def _report(runs: "list[Run]", config: "TrainConfig", text: "Text", folder: Path, console: Console) -> None:
+    from lowmem_optim.cli.plot import draw
+    from lowmem_optim.cli.record import write_record
+    from lowmem_optim.cli.report import comparison, notes, write_markdown
+
+    console.print(comparison(runs))
+    for note in notes(config.device):
+        console.print(note, highlight=False)
+    table, plot, record = folder / "table.md", folder / "loss.png", folder / "record.json"
+    write_markdown(table, runs, config.device)
+    write_record(record, config, text, runs)
+    draw(plot, runs, _summary(config, text))
+    for path in (table, plot, record):
+        console.print(path, soft_wrap=True, highlight=False)
+
+
+def _summary(config: "TrainConfig", text: "Text") -> str:
+    return (
+        f"{config.model.parameters / 1e6:.2f} M parameters ({config.dtype}, {config.device}), "
+        f"{config.steps} steps of {config.tokens_per_step} bytes from {text.source}"
+    )
+
+
+def _default_folder(choices: "list[Choice]") -> Path:
+    names = "-".join(choice.name.lower() for choice in choices)
+    return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{names}"
+
+
+def _make_folder(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path
+
+
+@contextmanager
+def _blaming(flag: str | None) -> Iterator[None]:
+    """Turns a ValueError into a usage error that names the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=flag and f"'{flag}'") from error

@@ -1,0 +1,96 @@
+"""How `lowmem train` finds optimizers by name and gives them options."""
+
+import lowmem_optim
+import pytest
+import torch
+from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
+from torch import nn
+
+
+class Clipping(torch.optim.SGD):
+    """Stands for an optimizer of this package."""
+
+    def __init__(self, params, lr=0.25, clip_grad_norm=None):
+        super().__init__(params, lr=lr)
+        self.clip_grad_norm = clip_grad_norm
+
+
+@pytest.fixture
+def own_optimizer(monkeypatch):
+    monkeypatch.setattr(lowmem_optim, "Clipping", Clipping, raising=False)
+    monkeypatch.setattr(lowmem_optim, "helper", len, raising=False)
+    monkeypatch.setattr(lowmem_optim, "__all__", ["Clipping", "helper"])
+
+
+@pytest.mark.parametrize("name", ["torch.AdamW", "torch.adamw", "TORCH.ADAMW"])
+def test_names_in_any_case(name):
+    assert find(name).cls is torch.optim.AdamW
+    assert find(name).name == "torch.AdamW"
+
+
+@pytest.mark.usefixtures("own_optimizer")
+def test_own_optimizers_need_no_prefix():
+    assert find("clipping").cls is Clipping
+    assert find("clipping").learning_rate == 0.25
+    assert "helper" not in choices()
+
+
+def test_learning_rates_are_the_same_for_the_same_class_name():
+    assert find("torch.sgd").learning_rate == LEARNING_RATES["SGD"]
+    assert find("torch.rprop").learning_rate == 0.01  # not swept: the constructor's own
+
+
+@pytest.mark.parametrize("name", sorted(name for name in choices() if name.startswith("torch.")))
+def test_every_pytorch_optimizer_takes_a_step(name):
+    model = nn.Linear(2, 2)
+    optimizer = find(name).build(model, lr=1e-3, options={})
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("torch.adamv", "no optimizer is named 'torch.adamv'; did you mean .*torch.AdamW"),
+        ("zzz", "no optimizer is named 'zzz'; known: .*torch.Adagrad, .*torch.SGD"),
+        ("torch.lbfgs", "torch.LBFGS cannot train this model: it evaluates the loss several times"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        find(name)
+
+
+def test_options_are_literals_or_text():
+    options = parse_options(["betas=(0.9, 0.95)", "fused=True", "eps=1e-6", "momentum=half"], list(choices().values()))
+    assert options == {"betas": (0.9, 0.95), "fused": True, "eps": 1e-6, "momentum": "half"}
+
+
+@pytest.mark.parametrize(
+    ("pair", "message"),
+    [
+        ("momentum", "'momentum' is not of the form key=value"),
+        ("momentun=0.9", "'momentun' is not an argument of torch.SGD or torch.AdamW; did you mean momentum"),
+        ("weight_decay=1", "'weight_decay' has an option of its own, --weight-decay"),
+    ],
+)
+def test_bad_options(pair, message):
+    with pytest.raises(ValueError, match=message):
+        parse_options([pair], [find("torch.sgd"), find("torch.adamw")])
+
+
+def test_an_option_needs_one_optimizer_that_takes_it():
+    require_taker("momentum", [find("torch.adamw"), find("torch.sgd")])
+    with pytest.raises(ValueError, match=r"'backend' is not an argument of torch\.SGD; known: dampening"):
+        require_taker("backend", [find("torch.sgd")])
+
+
+def test_build_gives_each_optimizer_only_what_it_takes():
+    optimizer = find("torch.sgd").build(nn.Linear(2, 2), lr=0.5, options={"momentum": 0.9, "betas": (0.9, 0.95)})
+    assert optimizer.defaults["momentum"] == 0.9
+    assert optimizer.defaults["lr"] == 0.5
+
+
+def test_build_names_the_optimizer_that_rejects_a_value():
+    with pytest.raises(ValueError, match=r"torch.SGD\(lr=0.5, momentum=-1\): Invalid momentum"):
+        find("torch.sgd").build(nn.Linear(2, 2), lr=0.5, options={"momentum": -1})

@@ -1,0 +1,158 @@
+"""`lowmem train` from end to end, on a model small enough for a few steps to take no time."""
+
+import json
+import random
+
+import pytest
+import torch
+from lowmem_optim.cli import app, registry
+from lowmem_optim.cli.progress import Display
+from typer.testing import CliRunner
+
+TINY = [
+    *("--layers", "1", "--dim", "32", "--context", "16", "--batch-size", "2", "--device", "cpu"),
+    *("--steps", "3", "--eval-every", "2", "--eval-batches", "1"),
+]
+PAIR = ["--optimizer", "torch.AdamW", "--compare", "torch.SGD"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads of parallel test processes would wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def train(tmp_path):
+    """Runs the command on a small text; returns its result and its record, None where it wrote none."""
+    text = tmp_path / "text.txt"
+    text.write_text(" ".join(random.Random(0).choices(["low", "memory", "kernels", "train"], k=2000)))
+
+    def run(*arguments, out="run"):
+        folder = tmp_path / out
+        result = CliRunner().invoke(app, ["train", *TINY, "--data", str(text), "--out", str(folder), *arguments])
+        record = folder / "record.json"
+        return result, json.loads(record.read_text()) if record.exists() else None
+
+    return run
+
+
+def words(output):
+    """The output without boxes and line breaks, which depend on the terminal's width."""
+    return " ".join(output.replace("│", " ").split())
+
+
+def test_comparison_writes_table_plot_and_record(train, tmp_path):
+    result, record = train(*PAIR)
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert "nats/byte above torch.AdamW" in (tmp_path / "run" / "table.md").read_text()
+    assert "torch.SGD step 3/3 loss" in words(result.output)
+
+    adamw, sgd = record["runs"]
+    for run in (adamw, sgd):
+        assert run["status"] == "finished"
+        assert len(run["training_loss"]) == len(run["step_ms"]) == len(run["optimizer_ms"]) == 3
+        assert [step for step, _ in run["validation_loss"]] == [2, 3]
+        assert run["figures"]["validation_loss"] == run["validation_loss"][-1][1]
+    assert adamw["training_loss"][0] == sgd["training_loss"][0]
+    assert adamw["training_loss"][1:] != sgd["training_loss"][1:]
+    assert adamw["figures"]["state_bytes_per_parameter"] == pytest.approx(8, abs=0.1)
+    assert sgd["figures"]["state_bytes_per_parameter"] == 0
+    difference = sgd["figures"]["validation_loss"] - adamw["figures"]["validation_loss"]
+    assert sgd["figures"]["loss_above_baseline"] == difference
+    assert record["environment"]["torch"] == torch.__version__
+    assert record["text"]["training_bytes"] > record["text"]["validation_bytes"] > 0
+
+
+def test_equal_seeds_train_equally(train):
+    losses = [train("-o", "torch.AdamW", "--seed", seed)[1]["runs"][0]["training_loss"] for seed in ("7", "7", "8")]
+    assert losses[0] == losses[1]
+    assert losses[0] != losses[2]
+
+
+def test_naming_one_optimizer_trains_it_alone(train):
+    result, record = train("-o", "torch.SGD")
+    assert [run["optimizer"] for run in record["runs"]] == ["torch.SGD"]
+    assert "above" not in result.output
+
+
+def test_options_reach_the_optimizer_and_the_record(train):
+    _, record = train(*PAIR, "--opt", "momentum=0.9", "--weight-decay", "0.5", "--lr", "0.125")
+    assert record["config"]["options"] == {"momentum": 0.9, "weight_decay": 0.5}
+    assert [run["lr"] for run in record["runs"]] == [0.125, 0.125]
+    assert record["runs"][1]["figures"]["state_bytes_per_parameter"] == 4  # momentum
+
+
+def test_bfloat16(train):
+    result, record = train(*PAIR, "--dtype", "bf16")
+    assert result.exit_code == 0, result.output
+    assert record["runs"][0]["figures"]["state_bytes_per_parameter"] == pytest.approx(4, abs=0.1)
+
+
+def test_all_diverged(train):
+    result, record = train(*PAIR, "--lr", "1e30", "--steps", "20")
+    assert result.exit_code == 1, result.output
+    assert record["diverged"] == ["torch.AdamW", "torch.SGD"]
+    assert all(len(run["training_loss"]) < 20 for run in record["runs"])
+    assert "torch.SGD diverged: its loss is not finite after" in words(result.output)
+
+
+def test_one_diverged(train, tmp_path, monkeypatch):
+    monkeypatch.setitem(registry.LEARNING_RATES, "AdamW", 1e30)
+    result, record = train(*PAIR)
+    assert result.exit_code == 0, result.output
+    assert [run["status"] for run in record["runs"]] == ["diverged", "finished"]
+    assert record["runs"][0]["figures"]["validation_loss"] is None
+    assert "torch.AdamW (diverged)" in (tmp_path / "run" / "table.md").read_text()
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_interruption_keeps_what_was_measured(train, tmp_path, monkeypatch, steps):
+    def show_until_interrupted(self, run):
+        if len(run.training_loss) >= steps:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Display, "show", show_until_interrupted)
+    result, record = train(*PAIR)
+    assert result.exit_code == 130, result.output
+    assert record["interrupted"]
+    (run,) = record["runs"]
+    assert run["status"] == "interrupted"
+    assert len(run["training_loss"]) == max(steps, 1)
+    assert (tmp_path / "run" / "loss.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-o", "torch.adamv"], "'--optimizer': no optimizer is named 'torch.adamv'; did you mean"),
+        (["-c", "torch.sdg", "-o", "torch.sgd"], "'--compare': no optimizer is named 'torch.sdg'; did you mean"),
+        (["--opt", "momentun=1"], "'--opt': 'momentun' is not an argument of torch.SGD; did you mean momentum?"),
+        (["--opt", "momentum=-1"], "momentum=-1): Invalid momentum value"),
+        (["--backend", "torch"], "'--backend': 'backend' is not an argument of torch.SGD"),
+        (["--dim", "100"], "'--dim': 100 is not a multiple of 32"),
+        (["--warmup", "4"], "'--warmup': 4 is more than --steps 3"),
+        (["--device", "tpu"], "'--device': 'tpu' is not available; this machine has cpu"),
+        (["--data", "nowhere"], "'--data': nowhere does not exist"),
+        (["--context", "5000"], "too little text"),
+        (["--steps", "0"], "'--steps':"),
+        (["--dtype", "fp8"], "'fp8' is not one of 'fp32', 'bf16'"),
+    ],
+)
+def test_bad_arguments_are_named_before_any_training(train, arguments, message):
+    result, record = train(*([] if "-o" in arguments else ["-o", "torch.SGD"]), *arguments)
+    assert result.exit_code == 2, result.output
+    assert message in words(result.output)
+    assert "step 1/3" not in result.output
+    assert record is None
+
+
+def test_output_folder_that_is_a_file(train, tmp_path):
+    (tmp_path / "taken").touch()
+    result, _ = train("-o", "torch.SGD", out="taken")
+    assert result.exit_code == 2
+    assert "'--out': cannot make the folder" in words(result.output)
