@@ -105,7 +105,10 @@ def rehearse(choices: list[Choice], config: TrainConfig, text: Text) -> None:
         model = build_model(config)
         optimizer = build_optimizer(choice, model, config)
         model.loss(batch.tokens, batch.targets).backward()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except RuntimeError as error:  # a backend that cannot run here
+            raise ValueError(f"{choice.name}: {error}") from error
 
 
 def find_device(name: str) -> str:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 import lowmem_optim
+from lowmem_optim.base import LowMemOptimizer
+from lowmem_optim.checks import COMMON_DEFAULTS
 
 # By class name, so that lowmem_optim.AdamW and torch.AdamW start equal. The best of a coarse sweep on the default task,
 # by validation loss after 500 steps: AdamW 1.5e-3 (1.81), 3e-3 (1.85), 1e-2 (2.46); SGD, whose update is Lomo's too,
@@ -45,9 +47,16 @@ class Choice:
         """The rate swept for the default task, else the constructor's own default."""
         return LEARNING_RATES.get(self.cls.__name__, inspect.signature(self.cls).parameters["lr"].default)
 
+    @property
+    def arguments(self) -> set[str]:
+        """Names of the constructor's arguments; this package's optimizers take the common options as **options."""
+        parameters = inspect.signature(self.cls).parameters.values()
+        names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+        return names | COMMON_DEFAULTS.keys() if issubclass(self.cls, LowMemOptimizer) else names
+
     def takes(self, option: str) -> bool:
         """Whether the constructor has an argument of this name."""
-        return option in inspect.signature(self.cls).parameters
+        return option in self.arguments
 
     def build(self, model: nn.Module, lr: float, options: dict[str, Any]) -> Optimizer:
         """The optimizer for the model's parameters, with those of the options that it takes.
@@ -108,8 +117,7 @@ def require_taker(key: str, optimizers: list[Choice]) -> None:
     """Raises ValueError, with near names, unless an optimizer's constructor has an argument of this name."""
     if any(optimizer.takes(key) for optimizer in optimizers):
         return
-    known = {name for optimizer in optimizers for name in inspect.signature(optimizer.cls).parameters}
-    known -= {"params", *NAMED_OPTIONS}
+    known = set().union(*(optimizer.arguments for optimizer in optimizers)) - {"params", *NAMED_OPTIONS}
     near = difflib.get_close_matches(key, known, n=3)
     hint = f"did you mean {', '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
     raise ValueError(f"{key!r} is not an argument of {' or '.join(choice.name for choice in optimizers)}; {hint}")
