@@ -1,0 +1,145 @@
+"""Tensors that find mistakes: ugly shapes and layouts in every dtype, and the bytes that a step over them must move."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..numerics import PARAM_DTYPES
+
+#: Parameter and gradient dtypes to try.
+DTYPES = PARAM_DTYPES
+
+
+@dataclass(frozen=True)
+class Case:
+    """A parameter and its gradient: name, shape, and how the elements of each lie in memory (see `lay_out`)."""
+
+    name: str
+    shape: tuple[int, ...]
+    param_layout: str = "contiguous"
+    grad_layout: str = "contiguous"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Dtypes of one run: parameters, gradients, states, and whether bfloat16 is rounded stochastically."""
+
+    param: torch.dtype
+    grad: torch.dtype
+    state: torch.dtype
+    stochastic: bool = False
+
+    def __str__(self) -> str:
+        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+        rounding = "-sr" if self.stochastic else ""
+        return f"p_{names[self.param]}-g_{names[self.grad]}-s_{names[self.state]}{rounding}"
+
+
+#: Combinations that the verbs allow; gradients in another dtype than the parameters occur with fp32 accumulation.
+PRECISIONS = [
+    Precision(torch.float32, torch.float32, torch.float32),
+    Precision(torch.float32, torch.bfloat16, torch.float32),
+    Precision(torch.float16, torch.float16, torch.float32),
+    Precision(torch.bfloat16, torch.bfloat16, torch.float32),
+    Precision(torch.bfloat16, torch.bfloat16, torch.float32, stochastic=True),
+    Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16),
+    Precision(torch.bfloat16, torch.float32, torch.bfloat16, stochastic=True),
+]
+
+#: The elementwise plans cut at 512 elements (block of odd layouts), 1024 (block of aligned ones) and 2048 (tile), and
+#: aligned tensors end in a vector of eight: sizes lie on both sides of each.
+SHAPES = [
+    Case("scalar", ()),
+    Case("one", (1,)),
+    Case("seven", (7,)),
+    Case("eight", (8,)),
+    Case("empty", (0, 3)),
+    Case("row", (1, 515)),
+    Case("column", (515, 1)),
+    Case("odd_matrix", (37, 29)),
+    Case("not_16", (24, 43)),
+    Case("block_less_1", (1023,)),
+    Case("block", (1024,)),
+    Case("block_plus_1", (1025,)),
+    Case("tile_less_1", (23, 89)),
+    Case("tile", (32, 64)),
+    Case("tile_plus_1", (3, 683)),
+    Case("three_tiles_less_1", (6143,)),
+    Case("many_tiles", (193, 127)),
+    Case("conv", (6, 5, 3, 3)),
+    Case("conv_channels_last", (6, 5, 3, 3), "channels_last", "channels_last"),
+    Case("conv_grad_channels_last", (8, 16, 3, 3), "contiguous", "channels_last"),
+    Case("experts", (3, 22, 31)),
+    Case("experts_transposed", (3, 22, 31), "transposed", "transposed"),
+    Case("transposed", (67, 35), "transposed", "transposed"),
+    Case("transposed_param", (67, 35), "transposed", "contiguous"),
+    Case("transposed_grad", (43, 48), "contiguous", "transposed"),
+    Case("misaligned", (511,), "misaligned", "misaligned"),
+    Case("misaligned_block_plus_1", (27, 19), "misaligned", "misaligned"),
+    Case("misaligned_grad_tile_plus_1", (3, 683), "contiguous", "misaligned"),
+    Case("columns_of_wider", (45, 46), "columns", "columns"),
+    Case("reversed_dims", (3, 5, 2, 7, 11), "reversed", "contiguous"),
+    Case("expanded_grad", (41, 26), "contiguous", "expanded"),
+]
+
+
+def make_tensors(
+    case: Case, dtype: torch.dtype, seed: int, *, grad_dtype: torch.dtype | None = None, device: str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Return (parameter, gradient) of a case; the same arguments give the same values.
+
+    Magnitudes are those of a language model: parameters of 0.02, gradients of 1e-3 with a heavy tail, some exact zeros.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    param = 0.02 * torch.randn(case.shape, generator=generator)
+    grad = 1e-3 * torch.randn(case.shape, generator=generator) * torch.randn(case.shape, generator=generator).exp()
+    grad = torch.where(torch.rand(case.shape, generator=generator) < 0.02, 0.0, grad)
+    return (
+        lay_out(param.to(device, dtype), case.param_layout),
+        lay_out(grad.to(device, grad_dtype or dtype), case.grad_layout),
+    )
+
+
+def lay_out(values: Tensor, layout: str) -> Tensor:
+    """Return contiguous ``values`` in another place in memory.
+
+    "transposed" swaps the last two dimensions in memory, "reversed" all; "misaligned" starts one element after an
+    aligned address; "columns" is part of a matrix three elements wider; "expanded" repeats the values of the last
+    dimension's first element by a stride of 0.
+    """
+    if layout == "contiguous":
+        return values
+    if layout == "channels_last":
+        return values.to(memory_format=torch.channels_last)
+    if layout == "transposed":
+        return values.mT.contiguous().mT
+    if layout == "reversed":
+        dims = tuple(reversed(range(values.ndim)))
+        return values.permute(dims).contiguous().permute(dims)
+    if layout == "misaligned":
+        return values.new_zeros(values.numel() + 1)[1:].view(values.shape).copy_(values)
+    if layout == "columns":
+        return values.new_zeros(*values.shape[:-1], values.shape[-1] + 3)[..., : values.shape[-1]].copy_(values)
+    if layout == "expanded":
+        return values[..., :1].clone().expand(values.shape)
+    raise ValueError(f"layout is {layout!r}; allowed: contiguous, channels_last, or those in the docstring")
+
+
+def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int = 0) -> tuple[int, int]:
+    """Return the (read, written) bytes that one call of a verb requests for ``numel`` elements, tables not included.
+
+    Gradients have the parameters' itemsize e, states have s: "adamw" reads 2e + 2s and writes e + 2s for each element,
+    "scaled_update" reads 2e and writes e, "grad_stats" reads e.
+    """
+    e, s = param_itemsize, state_itemsize
+    formulas = {"adamw": (2 * e + 2 * s, e + 2 * s), "scaled_update": (2 * e, e), "grad_stats": (e, 0)}
+    if rule not in formulas:
+        raise ValueError(f"rule is {rule!r}; allowed: {', '.join(map(repr, formulas))}")
+    read, written = formulas[rule]
+    return read * numel, written * numel
