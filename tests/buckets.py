@@ -1,0 +1,81 @@
+"""A bucket of tensors, as an optimizer hands it to a verb. The same arguments make equal buckets."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowmem_kernels import Rounding
+from lowmem_kernels.elementwise import adamw_, scaled_update_
+from lowmem_kernels.testing import Precision, assert_same_bits, make_tensors
+
+ADAMW = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+SCALED_UPDATE = dict(lr=3e-2, weight_decay=0.1)
+FP32 = Precision(torch.float32, torch.float32, torch.float32)
+SEED = 2**40 + 17
+NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
+
+
+@dataclass
+class Bucket:
+    params: list[Tensor]
+    grads: list[Tensor]
+    exp_avgs: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    steps: list[Tensor]
+    precision: Precision
+
+    def columns(self):
+        """The five lists in the order of adamw_'s arguments."""
+        return [getattr(self, name) for name in NAMES]
+
+    def copies(self):
+        """The five lists, as contiguous clones."""
+        return [[t.clone(memory_format=torch.contiguous_format) for t in column] for column in self.columns()]
+
+    def rounding(self):
+        # uids that use all 64 bits, the sign included
+        uids = [(-1) ** i * (i * (2**33 + 3) + 5) for i in range(len(self.params))]
+        return Rounding(self.precision.stochastic, seed=SEED, uids=uids)
+
+    def adamw(self, **options):
+        adamw_(*self.columns(), **{"rounding": self.rounding(), **ADAMW, **options})
+
+    def scaled_update(self, **options):
+        options = {"rounding": self.rounding(), **SCALED_UPDATE, **options}
+        scaled_update_(self.params, self.grads, self.steps, **options)
+
+    def run(self, verb, **options):
+        getattr(self, verb)(**options)
+
+
+def make_bucket(cases, precision=FP32, seed=0, fresh=False):
+    """One parameter per case with states of a run under way, or zeros where ``fresh``; every step counter differs."""
+    bucket = Bucket([], [], [], [], [], precision)
+    for i, case in enumerate(cases):
+        param, grad = make_tensors(case, precision.param, seed + i, grad_dtype=precision.grad)
+        _, past = make_tensors(case, torch.float32, seed + i + 1000)
+        past = torch.zeros(case.shape) if fresh else past.clone(memory_format=torch.contiguous_format)
+        bucket.params.append(param)
+        bucket.grads.append(grad)
+        bucket.exp_avgs.append((0.3 * past).to(precision.state))
+        bucket.exp_avg_sqs.append((0.5 * past**2).to(precision.state))
+        bucket.steps.append(torch.tensor(0.0 if fresh else float(3 * i)))
+    return bucket
+
+
+def set_gradients(bucket, cases, seed):
+    """Replace the values of the gradients, in place."""
+    for i, (case, grad) in enumerate(zip(cases, bucket.grads, strict=True)):
+        values = make_tensors(case, bucket.precision.param, seed + i, grad_dtype=bucket.precision.grad)[1]
+        (grad if case.grad_layout != "expanded" else grad[..., :1]).copy_(
+            values if case.grad_layout != "expanded" else values[..., :1]
+        )
+
+
+def assert_same_buckets(actual, expected):
+    """Every tensor of two buckets, or of two results of ``copies``, has the same bits."""
+    actual, expected = (x.columns() if isinstance(x, Bucket) else x for x in (actual, expected))
+    for name, column, other in zip(NAMES, actual, expected, strict=True):
+        for i, (a, b) in enumerate(zip(column, other, strict=True)):
+            assert_same_bits(a, b, f"{name}[{i}]")
