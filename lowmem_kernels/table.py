@@ -53,7 +53,9 @@ class Table:
     layout: Layout
 
 
-def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) -> tuple[Table, ...]:
+def tables(
+    columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int, scalars: Sequence[Sequence[Tensor]] = ()
+) -> tuple[Table, ...]:
     """Return a table for each layout that occurs: at most three, however many tensors there are.
 
     Args:
@@ -61,6 +63,8 @@ def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) 
             contiguous. All are on one device.
         keys: one 32-bit noise key for each parameter.
         tile: elements of one program.
+        scalars: further columns, of 0-d tensors: step counters are often one vector, and where a counter lies must not
+            cost its parameter the 16-byte accesses.
     """
     params, grads = columns[0], columns[1]
     device = params[0].device
@@ -70,7 +74,8 @@ def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) 
         device,
         stream_id(device),
         tile,
-        tuple([tuple([t.data_ptr() for t in column]) for column in columns]),
+        tuple([tuple([t.data_ptr() for t in column]) for column in (*columns, *scalars)]),
+        len(columns),
         tuple([p.numel() for p in params]),
         tuple([_strides(p, g) for p, g in zip(params, grads, strict=True)]),
         tuple(keys),
@@ -92,13 +97,14 @@ def _build_tables(
     stream: int,
     tile: int,
     addresses: tuple[tuple[int, ...], ...],
+    vectors: int,
     numels: tuple[int, ...],
     strides: tuple[Strides | None, ...],
     keys: tuple[int, ...],
 ) -> tuple[Table, ...]:
     members: dict[Layout, list[int]] = {}
     for i, strided in enumerate(strides):
-        aligned = strided is None and not any(column[i] % ALIGNMENT for column in addresses)
+        aligned = strided is None and not any(column[i] % ALIGNMENT for column in addresses[:vectors])
         members.setdefault(Layout(aligned, strided is not None), []).append(i)
     built = []
     for layout, rows in members.items():

@@ -120,11 +120,13 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
 def _launch_update(
     kernel: Any, columns: Sequence[Sequence[Tensor]], transform: GradTransform, rounding: Rounding, **arguments: Any
 ) -> None:
+    # the last column is the step counters
     params, grads = columns[0], columns[1]
     if not params:
         return
     device = params[0].device
-    for table in tables(columns, rounding.keys(len(params)), plan_tile(sum(p.numel() for p in params))):
+    tile = plan_tile(sum(p.numel() for p in params))
+    for table in tables(columns[:-1], rounding.keys(len(params)), tile, scalars=columns[-1:]):
         plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         with launching_on(device):
             kernel[(table.tiles,)](
