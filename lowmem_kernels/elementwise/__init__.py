@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
-from .checks import check_lists
+from .checks import check_grads, check_lists
 
 __all__ = ["adamw_", "grad_stats", "scaled_update_"]
 
@@ -121,8 +121,6 @@ def grad_stats(grads: Sequence[Tensor], *, backend: str = "auto") -> Tensor:
         ValueError: the list is empty or mixes dtypes or devices.
         RuntimeError: backend="triton" where it cannot run.
     """
-    if not grads:
-        raise ValueError("grads is empty; allowed: at least one tensor")
-    check_lists(grads, grads)
+    check_grads(grads)
     result: Tensor = implementation(__name__, backend, grads[:1]).grad_stats(grads)
     return result

@@ -31,6 +31,13 @@ def check_lists(
         raise TypeError(f"states are {found}; allowed: one dtype for all of them")
 
 
+def check_grads(grads: Sequence[Tensor]) -> None:
+    """Raise as `check_lists` when gradients by themselves do not fit together, or when there are none."""
+    if not grads:
+        raise ValueError("grads is empty; allowed: at least one tensor")
+    _check_list("grads", grads, grads, PARAM_DTYPES)
+
+
 def _check_list(
     name: str,
     tensors: Sequence[Tensor],
@@ -58,6 +65,6 @@ def _check_list(
         if tensor.dtype is not first:
             raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(first)}, as {name}[0]")
         if tensor.device != device:
-            raise ValueError(f"{name}[{i}] is on {tensor.device}; allowed: {device}, as params[0]")
+            raise ValueError(f"{name}[{i}] is on {tensor.device}; allowed: {device}, as the first tensor")
         if tensor.shape != shape:
             raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")
