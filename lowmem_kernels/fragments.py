@@ -153,6 +153,13 @@ def transformed(grad, gradient, SKIP_NONFINITE: tl.constexpr):
 
 
 @triton.jit
+def lerp(x, y, weight):
+    """x + weight (y - x), and y for the weight 1, where a small y would vanish in y - x."""
+    x = tl.where(weight == 1.0, 0.0, x)
+    return x + weight * (y - x)
+
+
+@triton.jit
 def one_minus_power(log_base, exponent):
     """1 - base**exponent = -expm1(exponent * log(base)) to fp32 accuracy, also where base**exponent is close to 1.
 

@@ -10,6 +10,7 @@ from ..fragments import (
     find_row,
     is_finite,
     is_last_program,
+    lerp,
     one_minus_power,
     programs_of,
     rounded,
@@ -48,8 +49,8 @@ def _adamw_block(
 
     g, usable = transformed(grad, gradient, SKIP_NONFINITE)
     step_size, decay, rsqrt_correction2, one_minus_beta1, one_minus_beta2, eps = hyper
-    new_m = m + one_minus_beta1 * (g - m)
-    new_v = v + one_minus_beta2 * (g * g - v)
+    new_m = lerp(m, g, one_minus_beta1)
+    new_v = lerp(v, g * g, one_minus_beta2)
     new_p = p - (step_size * (new_m / (tl.sqrt(new_v) * rsqrt_correction2 + eps)) + decay * p)
 
     # the mask must stay free of data, or stores fall apart into single elements: what is skipped is written back
