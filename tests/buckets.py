@@ -7,12 +7,19 @@ from torch import Tensor
 
 from lowmem_kernels import Rounding
 from lowmem_kernels.elementwise import adamw_, scaled_update_
-from lowmem_kernels.testing import Precision, assert_same_bits, make_tensors
+from lowmem_kernels.testing import SHAPES, Precision, assert_same_bits, make_tensors
 
 ADAMW = dict(lr=1e-2, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
 SCALED_UPDATE = dict(lr=3e-2, weight_decay=0.1)
 FP32 = Precision(torch.float32, torch.float32, torch.float32)
 SEED = 2**40 + 17
+#: One of each layout and several sizes, for tests of what does not depend on more.
+VARIED = [
+    case
+    for case in SHAPES
+    if case.name
+    in ("scalar", "empty", "not_16", "tile_plus_1", "conv", "conv_channels_last", "transposed_param", "misaligned")
+]
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 
 

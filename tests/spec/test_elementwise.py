@@ -215,7 +215,7 @@ def test_found_inf_leaves_everything(verb, precision):
 @pytest.mark.parametrize("weight_decay", [0.0, 0.1])
 def test_fp32_parity_of_a_whole_run(weight_decay):
     """50 steps without going back to the stored state, against the project's calibrated bound for any such rule."""
-    cases = [case for case in SHAPES if case.name in ("many_tiles", "transposed_param")]
+    cases = [case for case in SHAPES if case.name in ("four_tiles", "transposed_param")]
     bucket = make_bucket(cases, fresh=True)
     start = bucket.copies()
     p, m, v = ([numpy64(t) for t in start[column]] for column in (0, 2, 3))
@@ -246,7 +246,7 @@ def test_grad_stats_of_many_and_of_bad_elements():
     grads = [make_tensors(case, torch.float32, i)[1] for i, case in enumerate(SHAPES)]
     squares, _ = oracles.grad_stats(map(numpy64, grads))
     assert abs(grad_stats(grads)[0].item() - squares) <= 32 * 2.0**-24 * squares
-    grads[7][1, 2], grads[22][3, 4], grads[22][5, 6] = torch.nan, torch.inf, -torch.inf
+    grads[7][1, 2], grads[22][3, 4], grads[23][5, 6] = torch.nan, torch.inf, -torch.inf
     result = grad_stats(grads)
     assert not result[0].isfinite()
     assert result[1].item() == 3
@@ -259,11 +259,11 @@ def test_cases_are_what_they_say():
     by_name = {case.name: make_tensors(case, torch.bfloat16, 0) for case in SHAPES}
     assert len(by_name) == len(SHAPES)
     assert by_name["scalar"][0].ndim == 0
-    assert by_name["transposed_param"][0].stride() == (1, 67)
+    assert by_name["transposed_param"][0].stride() == (1, 27)
     assert by_name["transposed_param"][1].is_contiguous()
     assert by_name["expanded_grad"][1].stride() == (1, 0)
     assert by_name["misaligned"][0].data_ptr() % 16 == 2
     assert by_name["conv_channels_last"][0].is_contiguous(memory_format=torch.channels_last)
-    assert by_name["reversed_dims"][0].stride() == (1, 3, 15, 30, 210)
+    assert by_name["reversed_dims"][0].stride() == (1, 3, 15, 30, 90)
     assert all(p.numel() <= 1 << 16 for p, _ in by_name.values())
     assert Case("a", (2,)) == Case("a", (2,))
