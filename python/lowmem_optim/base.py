@@ -47,6 +47,10 @@ class LowMemOptimizer(Optimizer):
         """Raise ValueError when an option of this optimizer has a value that is not allowed."""
         raise NotImplementedError
 
+    def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a parameter that cannot be optimized with the options of its group."""
+        check_param(param, group)
+
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state tensors of a parameter before its first update, apart from ``step``."""
         raise NotImplementedError
@@ -131,7 +135,7 @@ class LowMemOptimizer(Optimizer):
             check_common(group)
             self.check_options(group)
             for param in group["params"]:
-                check_param(param, group)
+                self.check_param(param, group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
