@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lowmem_kernels import GradTransform
+from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.elementwise import grad_stats
+from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 
 from .buckets import Bucket, make_buckets
 from .checkpoint import converted_state, uid_of
@@ -69,7 +70,8 @@ class LowMemOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; return what ``closure``, which recomputes the loss, returns.
 
-        Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, before any update.
+        Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, and TypeError for dtypes
+        that a parameter may not have, before any update.
         """
         loss = None
         if closure is not None:
@@ -83,13 +85,24 @@ class LowMemOptimizer(Optimizer):
 
     def _entries(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]:
         """(group, parameter, gradient, state) of what has a gradient, which is checked before any state is made."""
-        found = []
+        found, checked = [], set()
         for group, param, identity in self._parameters():
             if param.grad is not None:
                 if param.grad.layout is not torch.strided:
                     raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
+                kind = (id(group), param.device, param.dtype, param.grad.dtype)
+                if kind not in checked:
+                    checked.add(kind)
+                    self._check_kind(group, param, param.grad)
                 found.append((group, param, param.grad, identity))
         return [(group, param, grad, self._state_of(param, group, identity)) for group, param, grad, identity in found]
+
+    def _check_kind(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        """Raise what an update would raise after others: dtypes may have changed since construction."""
+        self.check_param(param, group)
+        if grad.dtype not in PARAM_DTYPES:
+            raise TypeError(f"a gradient is {name_of(grad.dtype)}; allowed: {', '.join(map(name_of, PARAM_DTYPES))}")
+        choose(group["backend"], (param, grad))
 
     def _set_transforms(self, buckets: list[Bucket]) -> None:
         """Give every bucket its GradTransform, without waiting for the device."""
@@ -140,7 +153,8 @@ class LowMemOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         if group["capturable"] and not isinstance(group["lr"], Tensor):
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
+            device = next((param.device for param in group["params"]), None)
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
