@@ -32,7 +32,7 @@ test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interp -n 2
 
 test-compile: $(READY) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 3 minutes)
-	$(PYTEST) tests/compile -n 2
+	$(PYTEST) tests/compile -n 2 --dist loadgroup
 
 test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 2 minutes)
 	$(PYTEST) tests/optim -n 2

@@ -68,12 +68,14 @@ def elements(pointer, table_ptr, row_ptr, start, lane, OPERAND: tl.constexpr, ST
     """Pointers to logical elements start + lane of column ``OPERAND``; only 0 and 1 can be STRIDED."""
     if STRIDED:
         dims_ptr = table_ptr + tl.load(row_ptr + 3)
-        index = start + lane
-        offset = index * 0
+        # unsigned, because a signed 64-bit division takes twice the instructions
+        index = (start + lane).to(tl.uint64)
+        offset = tl.zeros(lane.shape, tl.int64)
         for dim in range(tl.load(row_ptr + 4).to(tl.int32)):
-            size = tl.load(dims_ptr + 3 * dim)
-            offset += (index % size) * tl.load(dims_ptr + 3 * dim + 1 + OPERAND)
-            index = index // size
+            size = tl.load(dims_ptr + 3 * dim).to(tl.uint64)
+            outer = index // size
+            offset += (index - outer * size).to(tl.int64) * tl.load(dims_ptr + 3 * dim + 1 + OPERAND)
+            index = outer
         return pointer + offset
     else:
         # 64 bits move the base once; the lanes need no more than 32

@@ -42,8 +42,7 @@ def parity_tolerance(start: Tensor, end: Tensor, steps: int) -> float:
     """Return how far apart, in Frobenius norm, two correct fp32 runs of ``steps`` steps may end.
 
     ``2e-6 * |end - start| + 4 * 2**-24 * sqrt(steps) * |end|``: the first term allows another order of operations in
-    the update, the second the rounding of every write as a random walk. A correct implementation needs a constant of
-    at most 1.6 where 4 is allowed; a decay that is wrong by 1 % needs 157.
+    the update, the second the rounding of every write as a random walk.
     """
     moved = torch.linalg.vector_norm(end.double() - start.double()).item()
     size = torch.linalg.vector_norm(end.double()).item()

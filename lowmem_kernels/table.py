@@ -9,16 +9,17 @@ parameter k owns ``max(1, ceil(numel / tile))`` of them. After the rows come, fo
 ``ndim`` entries of (size, stride of column 0, stride of column 1) from the innermost dimension outwards; ``dims`` is
 where they start in the vector.
 
-A table is a pure function of its contents, so uploads are cached by contents and nothing has to be invalidated: a
-gradient that moves to a new address, a parameter that is replaced, a checkpoint that is loaded all give other contents.
+A table is a pure function of addresses, sizes and strides, so it is cached by them and nothing has to be invalidated: a
+gradient that moves, a parameter that is replaced, a checkpoint that is loaded give another table. In the steady state
+of training a step costs the host the reading of the addresses.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,17 +40,21 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One launch: the device vector, its rows, elements of a program, programs to start, the layout they may assume."""
+    """One launch: the device vector, its rows, elements of a program, programs to start, the layout they may assume.
+
+    ``host`` is what ``values`` is copied from, at every replay again when the copy is part of a CUDA graph.
+    """
 
     values: Tensor
+    host: Tensor
     rows: int
     tile: int
     tiles: int
     layout: Layout
 
 
-def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) -> Iterator[Table]:
-    """Yield a table for each layout that occurs: at most three, however many tensors there are.
+def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) -> tuple[Table, ...]:
+    """Return a table for each layout that occurs: at most three, however many tensors there are.
 
     Args:
         columns: lists of equal length; columns 0 and 1 (parameter and gradient) may have any strides, the others are
@@ -57,29 +62,72 @@ def tables(columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int) 
         keys: one 32-bit noise key for each parameter.
         tile: elements of one program.
     """
-    rows: dict[Layout, list[int]] = {}
-    for index, (param, grad) in enumerate(zip(columns[0], columns[1], strict=True)):
-        strided = not (param.is_contiguous() and grad.is_contiguous())
-        aligned = not strided and not any(column[index].data_ptr() % ALIGNMENT for column in columns)
-        rows.setdefault(Layout(aligned, strided), []).append(index)
-    for layout, members in rows.items():
-        yield _table(layout, [[column[i] for column in columns] for i in members], [keys[i] for i in members], tile)
+    params, grads = columns[0], columns[1]
+    device = params[0].device
+    # a table recorded into a CUDA graph must outlive the cache
+    build = _captured_tables if is_capturing(device) else _cached_tables
+    return build(
+        device,
+        stream_id(device),
+        tile,
+        tuple([tuple([t.data_ptr() for t in column]) for column in columns]),
+        tuple([p.numel() for p in params]),
+        tuple([_strides(p, g) for p, g in zip(params, grads, strict=True)]),
+        tuple(keys),
+    )
 
 
-def _table(layout: Layout, tensors: list[list[Tensor]], keys: list[int], tile: int) -> Table:
-    values: list[int] = []
-    dims: list[int] = []
-    tiles = 0
-    dims_start = len(tensors) * (HEADER + len(tensors[0]))
-    for row, key in zip(tensors, keys, strict=True):
-        param, grad = row[0], row[1]
-        extents = collapse(param.shape, param.stride(), grad.stride()) if layout.strided else []
-        numel = param.numel()
-        values += (tiles, numel, key, dims_start + len(dims), len(extents), *(t.data_ptr() for t in row))
-        for extent in reversed(extents):
-            dims += extent
-        tiles += max(1, -(-numel // tile))
-    return Table(_upload(tuple(values + dims), param.device), len(tensors), tile, tiles, layout)
+#: Shape and strides of a parameter and its gradient where one of them is not contiguous.
+Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
+
+
+def _strides(param: Tensor, grad: Tensor) -> Strides | None:
+    if param.is_contiguous() and grad.is_contiguous():
+        return None
+    return tuple(param.shape), param.stride(), grad.stride()
+
+
+def _build_tables(
+    device: torch.device,
+    stream: int,
+    tile: int,
+    addresses: tuple[tuple[int, ...], ...],
+    numels: tuple[int, ...],
+    strides: tuple[Strides | None, ...],
+    keys: tuple[int, ...],
+) -> tuple[Table, ...]:
+    members: dict[Layout, list[int]] = {}
+    for i, strided in enumerate(strides):
+        aligned = strided is None and not any(column[i] % ALIGNMENT for column in addresses)
+        members.setdefault(Layout(aligned, strided is not None), []).append(i)
+    built = []
+    for layout, rows in members.items():
+        values: list[int] = []
+        dims: list[int] = []
+        tiles = 0
+        dims_start = len(rows) * (HEADER + len(addresses))
+        for i in rows:
+            extents = collapse(*strides[i]) if strides[i] is not None else []  # type: ignore[misc]
+            values += (tiles, numels[i], keys[i], dims_start + len(dims), len(extents))
+            values += (column[i] for column in addresses)
+            for extent in reversed(extents):
+                dims += extent
+            tiles += max(1, -(-numels[i] // tile))
+        built.append(Table(*_copy(values + dims, device), len(rows), tile, tiles, layout))
+    return tuple(built)
+
+
+_cached_tables = lru_cache(maxsize=256)(_build_tables)
+
+
+def _captured_tables(*contents: Any) -> tuple[Table, ...]:
+    built = _build_tables(*contents)
+    _captured.append(built)
+    return built
+
+
+#: Tables recorded into CUDA graphs. They live as long as the process, since nothing tells when a graph is destroyed.
+_captured: list[tuple[Table, ...]] = []
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
@@ -108,24 +156,7 @@ def _counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-#: Tables recorded into a CUDA graph, with the host memory they are copied from at each replay. They live as long as
-#: the process, since nothing tells when a graph is destroyed.
-_captured: list[tuple[Tensor, Tensor]] = []
-
-
-def _upload(values: tuple[int, ...], device: torch.device) -> Tensor:
-    if is_capturing(device):
-        _captured.append(_copy(values, device))
-        return _captured[-1][0]
-    return _cached_upload(values, device, stream_id(device))
-
-
-@lru_cache(maxsize=256)
-def _cached_upload(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _copy(values, device)[0]
-
-
-def _copy(values: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+def _copy(values: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
     host = torch.tensor(values, dtype=torch.int64)
     if device.type == "cpu":
         return host, host

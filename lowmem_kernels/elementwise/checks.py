@@ -16,48 +16,48 @@ def check_lists(
     """Raise ValueError or TypeError, naming the argument, the value and what is allowed, when the lists do not fit."""
     if not params:
         return
-    device = params[0].device
-    _check_list("params", params, params)
-    _check_list("grads", grads, params)
+    _check_list("params", params, params, PARAM_DTYPES)
+    _check_list("grads", grads, params, PARAM_DTYPES)
     if steps is not None:
-        _check_length("steps", steps, params)
-        for i, step in enumerate(steps):
-            if step.dtype is not torch.float32 or step.ndim or step.device != device:
-                raise TypeError(
-                    f"steps[{i}] is {name_of(step.dtype)} of shape {tuple(step.shape)} on {step.device}; "
-                    f"allowed: a 0-d float32 tensor on {device}"
-                )
+        _check_list("steps", steps, params, (torch.float32,), scalars=True)
+    # float16 is not allowed: squares of gradients below 2e-4 would be 0
+    bf16 = params[0].dtype is torch.bfloat16
     for name, tensors in states.items():
-        _check_length(name, tensors, params)
-        dtype = tensors[0].dtype
-        # float16 is not allowed: squares of gradients below 2e-4 would be 0
-        if dtype is not torch.float32 and (dtype, params[0].dtype) != (torch.bfloat16, torch.bfloat16):
-            raise TypeError(f"{name} is {name_of(dtype)}; allowed: float32, or bfloat16 where params are bfloat16")
-        if dtype != next(iter(states.values()))[0].dtype:
-            raise TypeError(f"{name} is {name_of(dtype)}; allowed: one dtype for {' and '.join(states)}")
-        _check_list(name, tensors, params)
-        for i, tensor in enumerate(tensors):
-            if not tensor.is_contiguous():
-                raise ValueError(f"{name}[{i}] has strides {tensor.stride()}; allowed: a contiguous tensor")
+        _check_list(name, tensors, params, (torch.float32, torch.bfloat16) if bf16 else (torch.float32,))
+        if not all([t.is_contiguous() for t in tensors]):
+            raise ValueError(f"{name} has a tensor that is not contiguous; allowed: contiguous tensors")
+    if len({tensors[0].dtype for tensors in states.values()}) > 1:
+        found = ", ".join(f"{name} {name_of(tensors[0].dtype)}" for name, tensors in states.items())
+        raise TypeError(f"states are {found}; allowed: one dtype for all of them")
 
 
-def _check_length(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+def _check_list(
+    name: str,
+    tensors: Sequence[Tensor],
+    params: Sequence[Tensor],
+    allowed: Sequence[torch.dtype],
+    scalars: bool = False,
+) -> None:
     if len(tensors) != len(params):
         raise ValueError(f"{name} has {len(tensors)} tensors; allowed: {len(params)}, one for each parameter")
-
-
-def _check_list(name: str, tensors: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-    _check_length(name, tensors, params)
-    dtype, device = tensors[0].dtype, params[0].device
-    if dtype not in PARAM_DTYPES:
-        allowed = ", ".join(map(name_of, PARAM_DTYPES))
-        raise TypeError(f"{name}[0] is {name_of(dtype)}; allowed: {allowed}")
-    for i, (tensor, param) in enumerate(zip(tensors, params, strict=True)):
-        if tensor.dtype is not dtype:
-            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(dtype)}, as {name}[0]")
+    # once for the whole list first: this runs in every step, and there is something to look for only if it fails
+    dtypes, shapes = {t.dtype for t in tensors}, [t.shape for t in tensors]
+    expected_shapes = [torch.Size()] * len(params) if scalars else [p.shape for p in params]
+    device = params[0].device
+    if (
+        len(dtypes) == 1
+        and dtypes <= {*allowed}
+        and shapes == expected_shapes
+        and {t.device for t in tensors} == {device}
+    ):
+        return
+    first = tensors[0].dtype
+    for i, (tensor, shape) in enumerate(zip(tensors, expected_shapes, strict=True)):
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {', '.join(map(name_of, allowed))}")
+        if tensor.dtype is not first:
+            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(first)}, as {name}[0]")
         if tensor.device != device:
             raise ValueError(f"{name}[{i}] is on {tensor.device}; allowed: {device}, as params[0]")
-        if tensor.shape != param.shape:
-            raise ValueError(
-                f"{name}[{i}] has shape {tuple(tensor.shape)}; allowed: {tuple(param.shape)}, as params[{i}]"
-            )
+        if tensor.shape != shape:
+            raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")

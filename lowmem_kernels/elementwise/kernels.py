@@ -60,7 +60,7 @@ def _adamw_block(
     return (mask & (usable == 0)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _adamw_kernel(
     table_ptr, counter_ptr, skipped_ptr, found_inf, rows,
     lr, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay,
@@ -132,7 +132,7 @@ def _scaled_update_block(
     return (mask & (usable == 0)).to(tl.int32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _scaled_update_kernel(
     table_ptr, counter_ptr, skipped_ptr, found_inf, rows,
     lr, weight_decay, scale, inv_scale, clip_value, clip_coef,
@@ -176,7 +176,7 @@ def _scaled_update_kernel(
         tl.store(step_ptr, step)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows", "tiles"])
 def _grad_stats_kernel(
     table_ptr, counter_ptr, partial_ptr, out_ptr, rows, tiles,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,

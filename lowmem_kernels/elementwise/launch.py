@@ -11,12 +11,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..device import launching_on
+from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
 from ..table import Layout, counters, tables
 from .kernels import _adamw_kernel, _grad_stats_kernel, _scaled_update_kernel
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+#: Warps of every program: with fewer, long-latency loads are not covered; with more, the last block of a tensor wastes
+#: more lanes.
+NUM_WARPS = 4
 
 #: Partial sums of grad_stats. A constant, so that the bits of a norm are the same on every device; about eight
 #: programs of four warps for each processor of an H100, which is enough to keep its memory busy.
@@ -42,13 +46,15 @@ def plan_tile(numel: int) -> int:
     return 16384 if numel >= 1 << 24 else 2048
 
 
-def plan_elementwise(tile: int, layout: Layout) -> ElementwisePlan:
+def plan_elementwise(tile: int, layout: Layout, warp_size: int) -> ElementwisePlan:
     """Return the plan of one launch. No result depends on it.
 
     Aligned: 8 elements for each thread are one 16-byte access of bfloat16 and two of float32, at 74 registers for
-    AdamW on sm_90. Otherwise accesses are single elements with an address each, and 8 of them would take 194 registers.
+    AdamW on sm_90. Otherwise accesses are single elements with an address each, and 8 of them would take 194
+    registers; strided ones divide 64-bit numbers as well, and spill from 4 on.
     """
-    return ElementwisePlan(tile=tile, block=1024 if layout.aligned else 512, num_warps=4)
+    per_thread = 8 if layout.aligned else 2 if layout.strided else 4
+    return ElementwisePlan(tile=tile, block=per_thread * warp_size * NUM_WARPS, num_warps=NUM_WARPS)
 
 
 def adamw_(
@@ -69,7 +75,7 @@ def adamw_(
     beta1, beta2 = betas
     _launch_update(
         _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), transform, rounding,
-        lr=_device_scalar(lr), weight_decay=weight_decay, eps=eps,
+        lr=_device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
         # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
         STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else None,
@@ -89,7 +95,7 @@ def scaled_update_(
     """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
     _launch_update(
         _scaled_update_kernel, (params, grads, steps), transform, rounding,
-        lr=_device_scalar(lr), weight_decay=weight_decay,
+        lr=_device_scalar(lr), weight_decay=float(weight_decay),
     )  # fmt: skip
 
 
@@ -98,7 +104,7 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
     device = grads[0].device
     results = []
     for table in tables((grads, grads), [0] * len(grads), plan_tile(sum(g.numel() for g in grads))):
-        plan = plan_elementwise(table.tile, table.layout)
+        plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         partial = torch.empty(2 * STATS_PROGRAMS, dtype=torch.float32, device=device)
         results.append(torch.empty(2, dtype=torch.float32, device=device))
         with launching_on(device):
@@ -119,12 +125,13 @@ def _launch_update(
         return
     device = params[0].device
     for table in tables(columns, rounding.keys(len(params)), plan_tile(sum(p.numel() for p in params))):
-        plan = plan_elementwise(table.tile, table.layout)
+        plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         with launching_on(device):
             kernel[(table.tiles,)](
                 table.values, counters(table.rows, device), transform.skipped, transform.found_inf, table.rows,
                 scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                clip_value=transform.clip_value, clip_coef=transform.clip_coef,
+                clip_value=None if transform.clip_value is None else float(transform.clip_value),
+                clip_coef=transform.clip_coef,
                 PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
                 ALIGNED=table.layout.aligned, STRIDED=table.layout.strided,
                 STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
@@ -135,8 +142,8 @@ def _launch_update(
 
 
 def _device_scalar(value: float | Tensor) -> float | Tensor:
-    """Leave a number or a scalar on the device alone; read one on the host, which costs no synchronization."""
-    return value.item() if isinstance(value, Tensor) and value.device.type == "cpu" else value
+    """A scalar on the device as it is; a number, or a tensor on the host, as a float: an int would be a new kernel."""
+    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _log(beta: float) -> float:

@@ -15,7 +15,7 @@ from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 
-from .buckets import Bucket, make_buckets
+from .buckets import Bucket
 from .checkpoint import converted_state, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_names, check_param
 
@@ -77,25 +77,36 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        buckets = make_buckets(self._entries())
+        buckets = self._buckets()
         self._set_transforms(buckets)
         for bucket in buckets:
             self.update(bucket)
         return loss
 
-    def _entries(self) -> list[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]:
-        """(group, parameter, gradient, state) of what has a gradient, which is checked before any state is made."""
-        found, checked = [], set()
+    def _buckets(self) -> list[Bucket]:
+        """What has a gradient, sorted into buckets. All gradients are checked before any state is made."""
+        checked = set()
         for group, param, identity in self._parameters():
-            if param.grad is not None:
-                if param.grad.layout is not torch.strided:
-                    raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
-                kind = (id(group), param.device, param.dtype, param.grad.dtype)
+            grad = param.grad
+            if grad is not None:
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(f"the gradient of {identity!r} is {grad.layout}; allowed: dense gradients")
+                kind = (id(group), param.device, param.dtype, grad.dtype)
                 if kind not in checked:
                     checked.add(kind)
-                    self._check_kind(group, param, param.grad)
-                found.append((group, param, param.grad, identity))
-        return [(group, param, grad, self._state_of(param, group, identity)) for group, param, grad, identity in found]
+                    self._check_kind(group, param, grad)
+        buckets: dict[tuple[Any, ...], Bucket] = {}
+        for group, param, identity in self._parameters():
+            grad = param.grad
+            if grad is not None:
+                state = self._state_of(param, group, identity)
+                dtypes = [value.dtype for value in state.values() if isinstance(value, Tensor)]
+                key = (id(group), param.device, param.dtype, grad.dtype, *dtypes)
+                bucket = buckets.get(key)
+                if bucket is None:
+                    bucket = buckets[key] = Bucket(group)
+                bucket.add(param, grad, state)
+        return list(buckets.values())
 
     def _check_kind(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
         """Raise what an update would raise after others: dtypes may have changed since construction."""

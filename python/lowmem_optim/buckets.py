@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +22,12 @@ class Bucket:
     states: list[dict[str, Any]] = field(default_factory=list)
     transform: GradTransform = field(default_factory=GradTransform)
 
+    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
+        """Append a parameter that fits."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.states.append(state)
+
     @property
     def device(self) -> torch.device:
         """The device of all tensors in the bucket."""
@@ -41,18 +46,3 @@ class Bucket:
             "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=uids),
             "backend": self.group["backend"],
         }
-
-
-def make_buckets(entries: Iterable[tuple[dict[str, Any], Tensor, Tensor, dict[str, Any]]]) -> list[Bucket]:
-    """Sort (group, parameter, gradient, state) into buckets, in order of first appearance."""
-    buckets: dict[tuple[Any, ...], Bucket] = {}
-    for group, param, grad, state in entries:
-        state_dtypes = tuple(value.dtype for value in state.values() if isinstance(value, Tensor))
-        key = (id(group), param.device, param.dtype, grad.dtype, state_dtypes)
-        bucket = buckets.get(key)
-        if bucket is None:
-            bucket = buckets[key] = Bucket(group)
-        bucket.params.append(param)
-        bucket.grads.append(grad)
-        bucket.states.append(state)
-    return list(buckets.values())

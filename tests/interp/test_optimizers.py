@@ -1,4 +1,4 @@
-"""Every optimizer on the kernels, in Triton's interpreter: the torch backend's results in a fixed number of launches."""
+"""Every optimizer on the kernels, in Triton's interpreter: equal to the torch backend, in few launches."""
 
 import pytest
 import torch
@@ -8,7 +8,6 @@ from triton.runtime.interpreter import GridExecutor
 from lowmem_kernels.numerics import parity_tolerance
 from optim.every import both_dtypes, every_case
 from optim.tensors import (
-    LAYOUTS,
     SMALL,
     Unchanged,
     assert_same_bits,
@@ -21,7 +20,9 @@ from optim.tensors import (
     values,
 )
 
-STEPS = 3
+STEPS = 2
+#: the interpreter takes about 50 ms for a parameter and step
+MIXED = ("scalar", "matrix", "conv_channels_last", "strided", "empty")
 
 
 @pytest.fixture
@@ -39,7 +40,7 @@ def launches(monkeypatch):
 
 
 def run(case, backend, dtype, steps=STEPS, **options):
-    params = make_params(dtype)
+    params = make_params(dtype, MIXED)
     optimizer = case.make_groups(params, backend=backend, **options)
     take_steps(optimizer, params, steps)
     return params, optimizer
@@ -52,7 +53,7 @@ def test_float32_equals_the_torch_backend(case, launches):
     launches.clear()
     others, other = run(case, "torch", torch.float32)
     assert not launches
-    for layout, p, q, start in zip(LAYOUTS, params, others, make_params(), strict=True):
+    for layout, p, q, start in zip(MIXED, params, others, make_params(names=MIXED), strict=True):
         distance = torch.linalg.vector_norm((p - q).detach().double()).item()
         assert distance <= parity_tolerance(start, q.detach(), STEPS), layout
     for state, expected in zip(states_of(optimizer, params), states_of(other, others), strict=True):
@@ -78,7 +79,7 @@ def test_bfloat16_equals_the_torch_backend(case, stochastic_rounding):
     actual, expected = (torch.cat([p.detach().reshape(-1) for p in ps]) for ps in (params, others))
     assert (actual != expected).double().mean() <= 0.01
     torch.testing.assert_close(actual, expected, rtol=2 * 2**-7, atol=0)
-    starts = torch.cat([p.detach().reshape(-1) for p in make_params(torch.bfloat16)])
+    starts = torch.cat([p.detach().reshape(-1) for p in make_params(torch.bfloat16, MIXED)])
     assert (actual != starts).double().mean() > 0.5
 
 
@@ -96,14 +97,16 @@ def test_resuming_equals_not_stopping(case, dtype):
 
 
 @every_case
-def test_launches_do_not_grow_with_the_number_of_parameters(case, launches):
+def test_launches_do_not_grow_with_the_number_of_parameters(case, monkeypatch):
+    """Launches are counted and not run."""
+    launches = []
+    monkeypatch.setattr(GridExecutor, "__call__", lambda self, *args, **kwargs: launches.append(self.fn.__name__))
     counts = []
     for count in (6, 60):
         params = [nn.Parameter(values(5 + i % 3, 4, seed=i)) for i in range(count)]
         optimizer = case.make(params, backend="triton")
-        take_steps(optimizer, params, 1)
-        launches.clear()
         set_contiguous_gradients(params)
+        launches.clear()
         optimizer.step()
         counts.append(len(launches))
     assert counts[0] == counts[1]
@@ -118,7 +121,7 @@ def set_contiguous_gradients(params):
 @both_dtypes
 @every_case
 def test_zero_gradients_with_lr_0_change_no_parameter_bit(case, dtype):
-    params, starts = make_params(dtype), make_params(dtype)
+    params, starts = make_params(dtype, SMALL), make_params(dtype, SMALL)
     optimizer = case.make(params, lr=0.0, weight_decay=0.1, backend="triton")
     for param in params:
         param.grad = torch.zeros_like(param)
@@ -131,12 +134,13 @@ def test_zero_gradients_with_lr_0_change_no_parameter_bit(case, dtype):
 def test_a_skipped_step_changes_nothing(case, dtype):
     params, optimizer = run(case, "triton", dtype, steps=1, skip_nonfinite="step")
     set_gradients(params, 1)
-    params[1].grad[0] = float("nan")
+    params[1].grad[0, 0] = float("nan")
     with Unchanged(optimizer):
         optimizer.step()
     assert optimizer.nonfinite_count() == 1
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @every_case
 def test_kept_elements_are_those_of_the_torch_backend(case):
     """skip_nonfinite="tensor" counts and keeps alike on both backends."""

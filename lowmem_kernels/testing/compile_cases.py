@@ -1,0 +1,111 @@
+"""The specializations of every kernel that are compiled and inspected without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import triton.language as tl
+
+from ..elementwise import kernels as elementwise
+from ..elementwise.launch import STATS_PROGRAMS, plan_elementwise
+from ..table import Layout
+from .aot import CompileCase
+
+ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
+LAYOUTS = {"aligned": ALIGNED, "misaligned": MISALIGNED, "strided": STRIDED}
+
+_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+_LONG_TILE = 16384
+_TABLE = {"table_ptr": "*i64", "counter_ptr": "*i32", "rows": "i32"}
+_TRANSFORM = {"scale": "fp32", "inv_scale": "*fp32", "clip_coef": "*fp32", "found_inf": "*fp32", "skipped_ptr": "*i64"}
+
+
+def compile_cases(warp_size: int = 32) -> list[CompileCase]:
+    """Return a representative specialization of every kernel for each dtype, layout and set of optional arguments.
+
+    ``warp_size`` is the target's (64 on gfx942), since plans depend on it.
+    """
+    cases = [*_adamw_cases(), *_scaled_update_cases(), *_grad_stats_cases()]
+    return [_planned(case, warp_size) for case in cases]
+
+
+def _adamw_cases() -> Iterator[CompileCase]:
+    hyper = ("lr", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2", "eps", "weight_decay")
+    signature = {**_TABLE, **_TRANSFORM, **dict.fromkeys(hyper, "fp32")}
+    for param, state, layout, stochastic in (
+        ("bf16", "fp32", "aligned", True),
+        ("bf16", "fp32", "aligned", False),
+        ("bf16", "bf16", "aligned", True),
+        ("fp16", "fp32", "aligned", False),
+        ("fp32", "fp32", "aligned", False),
+        ("bf16", "fp32", "misaligned", True),
+        ("bf16", "fp32", "strided", True),
+        ("fp32", "fp32", "strided", False),
+    ):
+        flags = {"STATE": _DTYPES[state], "STOCHASTIC": stochastic, "clip_value": None}
+        name = f"adamw-{param}-state_{state}-{layout}-{'stochastic' if stochastic else 'nearest'}"
+        yield _case(name, elementwise._adamw_kernel, signature, param, layout, flags)
+
+
+def _scaled_update_cases() -> Iterator[CompileCase]:
+    signature = {**_TABLE, **_TRANSFORM, "lr": "fp32", "weight_decay": "fp32"}
+    for param, layout, stochastic in (
+        ("bf16", "aligned", True),
+        ("bf16", "aligned", False),
+        ("fp16", "aligned", False),
+        ("fp32", "aligned", False),
+        ("bf16", "misaligned", True),
+        ("bf16", "strided", True),
+    ):
+        name = f"scaled_update-{param}-{layout}-{'stochastic' if stochastic else 'nearest'}"
+        flags = {"STOCHASTIC": stochastic, "clip_value": None}
+        yield _case(name, elementwise._scaled_update_kernel, signature, param, layout, flags)
+    # lr on the device, clipping by value, nothing optional left out or nothing given
+    everything = {**signature, "lr": "*fp32", "clip_value": "fp32"}
+    yield _case(
+        "scaled_update-bf16-all_options", elementwise._scaled_update_kernel, everything, "bf16", "aligned",
+        {"STOCHASTIC": True},
+    )  # fmt: skip
+    absent = dict.fromkeys((*_TRANSFORM, "clip_value"))
+    del absent["scale"]
+    bare = {name: kind for name, kind in signature.items() if name not in absent}
+    yield _case(
+        "scaled_update-bf16-no_options", elementwise._scaled_update_kernel, bare, "bf16", "aligned",
+        {"STOCHASTIC": True, **absent},
+    )  # fmt: skip
+
+
+def _grad_stats_cases() -> Iterator[CompileCase]:
+    signature = {**_TABLE, "partial_ptr": "*fp32", "out_ptr": "*fp32", "tiles": "i32"}
+    for grad, layout in (("bf16", "aligned"), ("fp32", "aligned"), ("bf16", "misaligned"), ("bf16", "strided")):
+        flags = {"PROGRAMS": STATS_PROGRAMS}
+        yield _case(f"grad_stats-{grad}-{layout}", elementwise._grad_stats_kernel, signature, grad, layout, flags)
+
+
+def _case(
+    name: str, kernel: Any, signature: dict[str, str], dtype: str, layout: str, flags: dict[str, Any]
+) -> CompileCase:
+    constexprs = {
+        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "SKIP_NONFINITE": True,
+        "ALIGNED": LAYOUTS[layout].aligned, "STRIDED": LAYOUTS[layout].strided, **flags,
+    }  # fmt: skip
+    return CompileCase(
+        name=name,
+        kernel=kernel,
+        signature=signature,
+        constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
+        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
+        options={"enable_fp_fusion": False},
+    )
+
+
+def _planned(case: CompileCase, warp_size: int) -> CompileCase:
+    layout = Layout(case.constexprs["ALIGNED"], case.constexprs["STRIDED"])
+    plan = plan_elementwise(_LONG_TILE, layout, warp_size)
+    return replace(
+        case,
+        constexprs={**case.constexprs, "TILE": plan.tile, "BLOCK": plan.block},
+        options={**case.options, "num_warps": plan.num_warps},
+    )

@@ -1,0 +1,38 @@
+"""Make Triton's interpreter convert to and from bfloat16 as GPUs do."""
+
+import numpy as np
+import triton.language as tl
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+_triton_cast = InterpreterBuilder.cast_impl
+
+
+def install_round_to_nearest() -> None:
+    """Patch Triton's interpreter so that conversions to bf16 round to nearest, ties to even.
+
+    Seen in 3.6.0, 3.7.1 and 3.9.0: fp32 to bf16 truncates, explicitly or on a store. Seen in 3.7.1: subnormal bf16
+    become wrong fp32, and integers and fp64 become meaningless bf16; these are repaired too, by way of fp32.
+    NaN stays NaN, infinities stay infinite, and `fp_downcast_rounding="rtz"` still truncates.
+
+    Call it before kernels run; a second call changes nothing. The patch stays for the life of the process: it is for
+    tests and self-checks, and matters only under TRITON_INTERPRET=1.
+    """
+    InterpreterBuilder.cast_impl = _cast
+
+
+def _cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:
+    """Stand-in for `InterpreterBuilder.cast_impl`, through which every cast without a rounding mode goes."""
+    if target.scalar == tl.bfloat16:
+        return TensorHandle(_round_to_bfloat16(source.data.astype(np.float32)), tl.bfloat16)
+    if source.dtype.scalar == tl.bfloat16 and target.scalar == tl.float32:
+        return TensorHandle((source.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+    return _triton_cast(builder, source, target)
+
+
+def _round_to_bfloat16(values: np.ndarray) -> np.ndarray:
+    """Bits of the bf16 nearest to each fp32 value: the upper half, plus one if the lower half asks for it."""
+    bits = values.view(np.uint32)
+    upper = bits >> 16
+    round_up = (bits & 0xFFFF) + (upper & 1) > 0x8000
+    # rounding up carries into the exponent, as it should, but would make an infinity or a zero of a NaN
+    return np.where(np.isnan(values), np.uint16(0x7FC0), (upper + round_up).astype(np.uint16))

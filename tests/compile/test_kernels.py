@@ -1,0 +1,87 @@
+"""Every kernel compiles for every target, without spills, with 16-byte accesses and 64-bit addresses."""
+
+import re
+from functools import cache
+
+import pytest
+
+from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
+from lowmem_kernels.testing.compile_cases import compile_cases
+
+CASES = {
+    (target, case.name): case for target, gpu in TARGETS.items() for case in compile_cases(warp_size=gpu.warp_size)
+}
+BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
+
+# compiling and disassembling take a second each: with --dist loadgroup one worker runs all tests of a case
+pytestmark = pytest.mark.parametrize(
+    ("target", "name"),
+    [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
+)
+
+
+@cache
+def compiled(target: str, name: str):
+    return compile_case(CASES[target, name], target)
+
+
+@cache
+def inspected(target: str, name: str):
+    return inspect_kernel(compiled(target, name), target)
+
+
+def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:
+    """Element widths of the tensors that the kernel reads and writes, by the kernel's contract."""
+    _, dtype, *rest = case.name.split("-")
+    bits = BITS[dtype]
+    if case.name.startswith("grad_stats"):
+        return [bits], []
+    states = [BITS[part.removeprefix("state_")] for part in rest if part.startswith("state_")] * 2
+    return [bits, bits, *states], [bits, *states]
+
+
+def test_fits_in_registers(target, name):
+    report = inspected(target, name)
+    if target == "sm_80" or CASES[target, name].constexprs["STRIDED"]:
+        # the tiles were chosen for sm_90, and NVIDIA's 64-bit division, which strided layouts need, is a call with a
+        # frame of its own: a register or two may be saved
+        assert report.stack_bytes <= 16, report
+    else:
+        assert not report.spilled, report
+    # four blocks of four warps, each with 16 bytes of every tensor in flight for each thread, cover memory's latency
+    assert report.occupancy >= 0.25, report
+
+
+def test_bulk_accesses_are_16_bytes(target, name):
+    case = CASES[target, name]
+    report = inspected(target, name)
+    reads, writes = tensor_bits(case)
+    if not case.constexprs["ALIGNED"]:
+        # nothing is promised, so nothing may be assumed: a vector access here would fault on a GPU
+        assert report.loads[128] == report.stores[128] == 0, report
+        return
+    # eight elements for each thread of every tensor, in the loop over whole vectors
+    assert report.loads[128] == sum(8 * bits // 128 for bits in reads), report
+    assert report.stores[128] == sum(8 * bits // 128 for bits in writes), report
+    # 16-bit accesses are left for the tail of fewer than eight elements; grad_stats reads it with a whole block
+    in_tail = 8 if case.name.startswith("grad_stats") else 1
+    assert report.loads[16] == in_tail * reads.count(16), report
+    assert report.stores[16] == writes.count(16), report
+
+
+def test_addresses_are_64_bits(target, name):
+    """Tensors beyond 2**31 elements: the base of a block is moved by 64-bit numbers, and only lanes have 32 bits."""
+    case = CASES[target, name]
+    kernel = compiled(target, name)
+    lanes = {f"tensor<{lanes}xi32>" for lanes in (case.constexprs["BLOCK"], 8)}
+    for offset in narrow_offsets(kernel):
+        if offset.pointer == "pointer":  # a tensor's address, read from the table
+            assert offset.offset_type in lanes, offset
+        else:
+            assert offset.pointer in {"table_ptr", "counter_ptr", "partial_ptr", "out_ptr"}, offset
+    ttir = kernel.asm["ttir"]
+    assert re.search(rf"arith\.muli .*, %c{case.constexprs['TILE']}_i64", ttir), "the start of a tile is not 64 bits"
+    # 32-bit products are those of the hash (two odd multipliers) and of a tensor's number of dimensions (times 3): none
+    # can overflow into an address
+    factors = set(re.findall(r"arith\.muli [^,]*, %c(-?\d+)_i32", ttir))
+    assert factors <= {"2146121005", "-2073254261", "3"}, factors
