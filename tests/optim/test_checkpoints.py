@@ -181,6 +181,7 @@ def test_bad_checkpoints_raise_and_change_nothing(case, spoil, message):
     optimizer = case.make(list(params.items()))
     take_steps(optimizer, list(params.values()), 3)
     checkpoint = saved(optimizer)
+    take_steps(optimizer, list(params.values()), 1, first=3)
     spoil(checkpoint)
     checkpoint["param_groups"][0]["lr"] = 0.123
     with Unchanged(optimizer), pytest.raises(ValueError, match=message):
@@ -209,6 +210,7 @@ def test_states_that_do_not_fit_raise_and_change_nothing(case, spoil):
         take_steps(optimizer, list(params.values()), 3)
         for key in case.state((), torch.float32):
             checkpoint = saved(optimizer)
+            take_steps(optimizer, list(params.values()), 1, first=3)
             checkpoint["state"][2][key] = spoil(checkpoint["state"][2][key])
             last = "'transposed'" if named else "2"
             with Unchanged(optimizer), pytest.raises(ValueError, match=rf"{key} of parameter {last} is .*; allowed: "):

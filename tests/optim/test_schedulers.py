@@ -46,6 +46,9 @@ def test_every_step_reads_the_options_of_its_group(case, name):
         take_steps(plain, others, 1, first=step)
     assert len({values["lr"] for values in options}) >= 7
     assert_same_bits(params, others)
+    constant = make_params(names=SMALL)
+    take_steps(case.make(constant), constant, len(options))
+    assert all(not torch.equal(p, q) for p, q in zip(params, constant, strict=True))
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
