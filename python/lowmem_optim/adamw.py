@@ -58,6 +58,11 @@ class AdamW(LowMemOptimizer):
         check_number("weight_decay", options["weight_decay"])
         check_choice("state_dtype", options["state_dtype"], ("fp32", "param"))
 
+    def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        super().check_param(param, group)
+        if group["state_dtype"] == "param" and param.dtype is torch.float16:
+            raise TypeError("state_dtype is 'param' and a parameter is float16; allowed: bfloat16, float32")
+
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         dtype = param.dtype if group["state_dtype"] == "param" else torch.float32
         moments = ("exp_avg", "exp_avg_sq")

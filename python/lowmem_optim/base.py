@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
-from lowmem_kernels import GradTransform
+from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.elementwise import grad_stats
+from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 
 from .buckets import Bucket
 from .checkpoint import converted_state, uid_of
@@ -47,6 +48,10 @@ class LowMemOptimizer(Optimizer):
         """Raise ValueError when an option of this optimizer has a value that is not allowed."""
         raise NotImplementedError
 
+    def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError for a parameter that cannot be optimized with the options of its group."""
+        check_param(param, group)
+
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state tensors of a parameter before its first update, apart from ``step``."""
         raise NotImplementedError
@@ -65,7 +70,8 @@ class LowMemOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; return what ``closure``, which recomputes the loss, returns.
 
-        Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, before any update.
+        Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, and TypeError for dtypes
+        that a parameter may not have, before any update.
         """
         loss = None
         if closure is not None:
@@ -79,9 +85,16 @@ class LowMemOptimizer(Optimizer):
 
     def _buckets(self) -> list[Bucket]:
         """What has a gradient, sorted into buckets. All gradients are checked before any state is made."""
-        for _, param, identity in self._parameters():
-            if param.grad is not None and param.grad.layout is not torch.strided:
-                raise RuntimeError(f"the gradient of {identity!r} is {param.grad.layout}; allowed: dense gradients")
+        checked = set()
+        for group, param, identity in self._parameters():
+            grad = param.grad
+            if grad is not None:
+                if grad.layout is not torch.strided:
+                    raise RuntimeError(f"the gradient of {identity!r} is {grad.layout}; allowed: dense gradients")
+                kind = (id(group), param.device, param.dtype, grad.dtype)
+                if kind not in checked:
+                    checked.add(kind)
+                    self._check_kind(group, param, grad)
         buckets: dict[tuple[Any, ...], Bucket] = {}
         for group, param, identity in self._parameters():
             grad = param.grad
@@ -94,6 +107,13 @@ class LowMemOptimizer(Optimizer):
                     bucket = buckets[key] = Bucket(group)
                 bucket.add(param, grad, state)
         return list(buckets.values())
+
+    def _check_kind(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
+        """Raise what an update would raise after others: dtypes may have changed since construction."""
+        self.check_param(param, group)
+        if grad.dtype not in PARAM_DTYPES:
+            raise TypeError(f"a gradient is {name_of(grad.dtype)}; allowed: {', '.join(map(name_of, PARAM_DTYPES))}")
+        choose(group["backend"], (param, grad))
 
     def _set_transforms(self, buckets: list[Bucket]) -> None:
         """Give every bucket its GradTransform, without waiting for the device."""
@@ -139,12 +159,13 @@ class LowMemOptimizer(Optimizer):
             check_common(group)
             self.check_options(group)
             for param in group["params"]:
-                check_param(param, group)
+                self.check_param(param, group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         if group["capturable"] and not isinstance(group["lr"], Tensor):
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=group["params"][0].device)
+            device = next((param.device for param in group["params"]), None)
+            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
