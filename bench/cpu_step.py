@@ -18,12 +18,13 @@ from typing import Annotated
 
 import torch
 import typer
-from lowmem_optim import AdamW, Lomo
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
+
+from lowmem_optim import AdamW, Lomo
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], object]

@@ -27,7 +27,7 @@ class AdamW(LowMemOptimizer):
         params: parameters, (name, parameter) pairs or groups; float32, bfloat16 or float16.
         lr: step length, in units of the parameter for each normalized update.
         betas: decay rates of the two moments, each in [0, 1).
-        eps: added to the square root, in units of the gradient.
+        eps: added to the square root, in units of the gradient, > 0.
         weight_decay: decoupled, multiplied by lr.
         state_dtype: "fp32" (8 bytes for each element) or "param": the parameter's dtype, which has to be bfloat16 (4
             bytes) or float32.
@@ -54,7 +54,9 @@ class AdamW(LowMemOptimizer):
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         check_betas(options["betas"], 2)
-        check_number("eps", options["eps"])
+        check_number(
+            "eps", options["eps"], positive=True
+        )  # 0 would divide 0 by 0 wherever a gradient has always been 0
         check_number("weight_decay", options["weight_decay"])
         check_choice("state_dtype", options["state_dtype"], ("fp32", "param"))
 

@@ -120,7 +120,7 @@ class LowMemOptimizer(Optimizer):
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inv_scale = None if grad_scale is None else grad_scale.float().reciprocal()
         stats = _stats_of_all(buckets)
-        if stats is not None:
+        if stats is not None and any(bucket.group["skip_nonfinite"] for bucket in buckets):
             self._nonfinite_on(stats.device).add_(stats[1].long())
         for bucket in buckets:
             group, device = bucket.group, bucket.device

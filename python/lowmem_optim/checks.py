@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Iterable, Mapping
+from numbers import Real
 from typing import Any, TypedDict
 
 from torch import Tensor
@@ -62,7 +63,7 @@ def check_names(names: Iterable[str], known: Iterable[str], *, unknown_is_error:
 def check_common(options: Mapping[str, Any]) -> None:
     """Check the values of CommonOptions and of lr."""
     if not isinstance(options["lr"], Tensor):
-        check_number("lr", options["lr"], at_least=0)
+        check_number("lr", options["lr"])
     elif options["lr"].numel() != 1:
         raise ValueError(f"lr is a tensor of {options['lr'].numel()} elements; allowed: a number >= 0 or a 0-d tensor")
     check_choice("stochastic_rounding", options["stochastic_rounding"], (None, True, False))
@@ -83,12 +84,12 @@ def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     rounds_stochastically(param.dtype, group["stochastic_rounding"])
 
 
-def check_number(name: str, value: Any, *, at_least: float = 0.0, below: float = math.inf, above: bool = False) -> None:
-    """Raise ValueError unless ``at_least <= value < below`` (``above``: at_least itself is excluded too)."""
-    inside = isinstance(value, (int, float)) and (at_least < value if above else at_least <= value) and value < below
-    if not inside:
+def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
+    """Raise ValueError unless ``0 <= value < below``, or ``0 < value < below`` if ``positive``."""
+    number = isinstance(value, Real) and not isinstance(value, bool)
+    if not number or not 0 <= value < below or (positive and value == 0):
         limit = "" if below == math.inf else f" and < {below:g}"
-        raise ValueError(f"{name} is {value!r}; allowed: a finite number {'>' if above else '>='} {at_least:g}{limit}")
+        raise ValueError(f"{name} is {value!r}; allowed: a finite number {'>' if positive else '>='} 0{limit}")
 
 
 def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:

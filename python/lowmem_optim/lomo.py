@@ -56,7 +56,7 @@ class Lomo(LowMemOptimizer):
     def check_options(self, options: Mapping[str, Any]) -> None:
         for name in ("clip_grad_norm", "clip_grad_value"):
             if options[name] is not None:
-                check_number(name, options[name], above=True)
+                check_number(name, options[name], positive=True)
         check_number("weight_decay", options["weight_decay"])
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

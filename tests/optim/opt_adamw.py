@@ -40,6 +40,7 @@ WRONG = [
     ("betas", (0.9, 0.99, 0.999)),
     ("betas", 0.9),
     ("eps", -1e-8),
+    ("eps", 0.0),
     ("eps", float("nan")),
     ("weight_decay", -0.1),
     ("weight_decay", float("inf")),

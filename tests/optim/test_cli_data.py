@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lowmem_optim.cli.data import load_text, training_batches, validation_batches
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lowmem_optim.cli.model import ByteModel, ModelConfig, rope_table, rotate
 
 SMALL = ModelConfig.from_width(layers=2, dim=64, context=16)

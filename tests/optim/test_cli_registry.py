@@ -1,10 +1,11 @@
 """How `lowmem train` finds optimizers by name and gives them options."""
 
-import lowmem_optim
 import pytest
 import torch
-from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
 from torch import nn
+
+import lowmem_optim
+from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
 
 
 class Clipping(torch.optim.SGD):

@@ -5,9 +5,10 @@ import random
 
 import pytest
 import torch
+from typer.testing import CliRunner
+
 from lowmem_optim.cli import app, registry
 from lowmem_optim.cli.progress import Display
-from typer.testing import CliRunner
 
 TINY = [
     *("--layers", "1", "--dim", "32", "--context", "16", "--batch-size", "2", "--device", "cpu"),

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lowmem_optim.cli import loop
 from lowmem_optim.cli.data import Text
 from lowmem_optim.cli.measure import PeakMemory, state_bytes
