@@ -15,6 +15,7 @@ WRONG = [
     ("lr", float("nan")),
     ("lr", float("inf")),
     ("lr", "1e-3"),
+    ("lr", True),
     ("lr", None),
     ("lr", torch.zeros(2)),
     ("stochastic_rounding", "yes"),
