@@ -34,7 +34,7 @@ def choose(backend: str, tensors: Sequence[Tensor]) -> str:
         backend, source = os.environ["LOWMEM_BACKEND"], "the environment variable LOWMEM_BACKEND"
     if backend not in BACKENDS:
         raise ValueError(f"{source} is {backend!r}; allowed: {', '.join(map(repr, BACKENDS))}")
-    if backend == "torch" or not tensors:
+    if backend == "torch" or not tensors:  # with nothing to do, either will do
         return "torch"
     if backend == "auto" and tensors[0].device.type == "cpu":
         return "torch"
@@ -46,6 +46,8 @@ def choose(backend: str, tensors: Sequence[Tensor]) -> str:
 
 def why_not_triton(tensors: Sequence[Tensor]) -> str | None:
     """Return the reason why the kernels cannot serve these tensors, as a sentence, or None when they can."""
+    if not tensors:
+        return "there are no tensors."
     device = tensors[0].device
     if not _triton_is_installed():
         return "Triton is not installed (it is published for Linux only)."

@@ -14,7 +14,7 @@ CASES = {
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
 # compiling and disassembling take a second each: with --dist loadgroup one worker runs all tests of a case
-pytestmark = pytest.mark.parametrize(
+every_case = pytest.mark.parametrize(
     ("target", "name"),
     [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
 )
@@ -40,6 +40,7 @@ def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:
     return [bits, bits, *states], [bits, *states]
 
 
+@every_case
 def test_fits_in_registers(target, name):
     report = inspected(target, name)
     if target == "sm_80" or CASES[target, name].constexprs["STRIDED"]:
@@ -52,6 +53,7 @@ def test_fits_in_registers(target, name):
     assert report.occupancy >= 0.25, report
 
 
+@every_case
 def test_bulk_accesses_are_16_bytes(target, name):
     case = CASES[target, name]
     report = inspected(target, name)
@@ -69,6 +71,7 @@ def test_bulk_accesses_are_16_bytes(target, name):
     assert report.stores[16] == writes.count(16), report
 
 
+@every_case
 def test_addresses_are_64_bits(target, name):
     """Tensors beyond 2**31 elements: the base of a block is moved by 64-bit numbers, and only lanes have 32 bits."""
     case = CASES[target, name]
@@ -85,3 +88,12 @@ def test_addresses_are_64_bits(target, name):
     # can overflow into an address
     factors = set(re.findall(r"arith\.muli [^,]*, %c(-?\d+)_i32", ttir))
     assert factors <= {"2146121005", "-2073254261", "3"}, factors
+
+
+def test_a_nan_survives_clipping_by_value():
+    """The interpreter's minimum and maximum always pass NaN on; a GPU's do only if they are asked to."""
+    name = "scaled_update-bf16-all_options"
+    ptx = compiled("sm_90", name).asm["ptx"]
+    assert re.search(r"min\.NaN\.f32", ptx), "clipping from above"
+    assert re.search(r"max\.NaN\.f32", ptx), "clipping from below"
+    assert not re.search(r"(min|max)\.f32", ptx), "a clip that drops NaN"
