@@ -119,8 +119,9 @@ def main(
         table = Table(
             title=f"{size} x {size} {name}, one thread: time of a step", caption="medians of one interleaved run"
         )
-        for heading in ("", "in copies of the parameter", "of the baseline"):
-            table.add_column(heading, justify="left" if not heading else "right")
+        table.add_column(no_wrap=True)
+        table.add_column("copies of the parameter", justify="right")
+        table.add_column("of the baseline", justify="right")
         for contenders in groups.values():
             for contender, row in contenders.items():
                 table.add_row(contender, f"{row['copies']:.1f}", f"{row['of_baseline']:.2f}")
@@ -134,6 +135,7 @@ def main(
             "machine": platform.machine(),
             "figures": figures,
         }
+        out.parent.mkdir(parents=True, exist_ok=True)
         out.write_text(json.dumps(record, indent=1) + "\n")
         console.print(f"wrote {out}")
 
