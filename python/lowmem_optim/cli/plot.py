@@ -48,7 +48,7 @@ def _draw_losses(axes: Axes, runs: list[Run]) -> None:
 def _draw_state(axes: Axes, runs: list[Run]) -> None:
     values = [run.state_bytes / run.parameters for run in runs]
     bars = axes.barh(range(len(runs)), values, color=_colors(runs), height=0.5)
-    axes.bar_label(bars, fmt="%.3g", padding=4)
+    axes.bar_label(bars, fmt="%.2f", padding=4)
     axes.set_yticks(range(len(runs)), [run.optimizer for run in runs])
     axes.set_ylim(max(len(runs), 4) - 0.5, -0.5)  # first run on top; a few runs do not fill the height
     axes.set_xlim(0, max(*values, 1) * 1.15)
