@@ -152,8 +152,11 @@ def counters(rows: int, device: torch.device) -> Tensor:
     """Return at least ``rows`` int32 zeros, one for each row of a table.
 
     They count a tensor's finished programs. The last one puts its counter back to 0, so the buffer is zero between
-    launches of its (device, stream) pair, to which it belongs.
+    launches of its (device, stream) pair, to which it belongs. While a CUDA graph is captured nothing runs, zeroing
+    included, so a graph gets counters of its own.
     """
+    if is_capturing(device):
+        return torch.zeros(rows, dtype=torch.int32, device=device)
     return _counters(1 << (rows - 1).bit_length(), device, stream_id(device))
 
 

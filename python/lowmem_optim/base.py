@@ -163,9 +163,7 @@ class LowMemOptimizer(Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
-        if group["capturable"] and not isinstance(group["lr"], Tensor):
-            device = next((param.device for param in group["params"]), None)
-            group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=device)
+        _place_lr(group)
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
@@ -197,6 +195,7 @@ class LowMemOptimizer(Optimizer):
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
+            _place_lr(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load what `state_dict` returned, here or by another optimizer with the same state names.
@@ -233,6 +232,13 @@ class LowMemOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _place_lr(group: dict[str, Any]) -> None:
+    """Where capturable, put lr into a tensor beside the parameters, which a captured graph reads at each replay."""
+    if group["capturable"]:
+        device = next((param.device for param in group["params"]), None)
+        group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
 
 
 def _stats_of_all(buckets: list[Bucket]) -> Tensor | None:
