@@ -85,34 +85,36 @@ class LowMemOptimizer(Optimizer):
 
     def _buckets(self) -> list[Bucket]:
         """What has a gradient, sorted into buckets. All gradients are checked before any state is made."""
-        checked = set()
+        found, checked = [], set()
         for group, param, identity in self._parameters():
             grad = param.grad
             if grad is not None:
-                if grad.layout is not torch.strided:
-                    raise RuntimeError(f"the gradient of {identity!r} is {grad.layout}; allowed: dense gradients")
-                kind = (id(group), param.device, param.dtype, grad.dtype)
+                kind = (id(group), param.device, param.dtype, grad.dtype, grad.layout)
                 if kind not in checked:
+                    self._check_gradient(group, param, grad, identity)
                     checked.add(kind)
-                    self._check_kind(group, param, grad)
+                found.append((kind, group, param, grad, identity))
         buckets: dict[tuple[Any, ...], Bucket] = {}
-        for group, param, identity in self._parameters():
-            grad = param.grad
-            if grad is not None:
-                state = self._state_of(param, group, identity)
-                dtypes = [value.dtype for value in state.values() if isinstance(value, Tensor)]
-                key = (id(group), param.device, param.dtype, grad.dtype, *dtypes)
-                bucket = buckets.get(key)
-                if bucket is None:
-                    bucket = buckets[key] = Bucket(group)
-                bucket.add(param, grad, state)
+        for kind, group, param, grad, identity in found:
+            state = self.state[param] or self._make_state(param, group, identity)
+            # a loaded checkpoint may have state of another dtype than a new parameter's
+            key = (kind, *[value.dtype for value in state.values() if type(value) is not int])
+            bucket = buckets.get(key)
+            if bucket is None:
+                bucket = buckets[key] = Bucket(group)
+            bucket.params.append(param)
+            bucket.grads.append(grad)
+            bucket.states.append(state)
         return list(buckets.values())
 
-    def _check_kind(self, group: dict[str, Any], param: Tensor, grad: Tensor) -> None:
-        """Raise what an update would raise after others: dtypes may have changed since construction."""
+    def _check_gradient(self, group: dict[str, Any], param: Tensor, grad: Tensor, identity: str | int) -> None:
+        """Raise what an update would raise after others have been made; dtypes may have changed since construction."""
+        if grad.layout is not torch.strided:
+            raise RuntimeError(f"the gradient of {identity!r} is {grad.layout}; allowed: dense gradients")
         self.check_param(param, group)
         if grad.dtype not in PARAM_DTYPES:
-            raise TypeError(f"a gradient is {name_of(grad.dtype)}; allowed: {', '.join(map(name_of, PARAM_DTYPES))}")
+            allowed = ", ".join(map(name_of, PARAM_DTYPES))
+            raise TypeError(f"the gradient of {identity!r} is {name_of(grad.dtype)}; allowed: {allowed}")
         choose(group["backend"], (param, grad))
 
     def _set_transforms(self, buckets: list[Bucket]) -> None:
@@ -168,7 +170,8 @@ class LowMemOptimizer(Optimizer):
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
         for group, param, identity in self._parameters():
-            self._state_of(param, group, identity)
+            if not self.state[param]:
+                self._make_state(param, group, identity)
 
     def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str | int]]:
         """(group, parameter, identity) of all; the identity is the name if there are names, else the position."""
@@ -179,12 +182,11 @@ class LowMemOptimizer(Optimizer):
                 yield group, param, names[i] if names else position
                 position += 1
 
-    def _state_of(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
+    def _make_state(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            state["uid"] = uid_of(identity)
-            state.update(self.new_state(param, group))
+        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+        state["uid"] = uid_of(identity)
+        state.update(self.new_state(param, group))
         return state
 
     # checkpoints

@@ -22,12 +22,6 @@ class Bucket:
     states: list[dict[str, Any]] = field(default_factory=list)
     transform: GradTransform = field(default_factory=GradTransform)
 
-    def add(self, param: Tensor, grad: Tensor, state: dict[str, Any]) -> None:
-        """Append a parameter that fits."""
-        self.params.append(param)
-        self.grads.append(grad)
-        self.states.append(state)
-
     @property
     def device(self) -> torch.device:
         """The device of all tensors in the bucket."""

@@ -180,7 +180,7 @@ def gradient_in_float64(param):
     [
         (sparse, r"the gradient of 2 is torch.sparse_coo; allowed: dense"),
         (changed_to_float64, r"a parameter is float64; allowed: float32, bfloat16, float16"),
-        (gradient_in_float64, r"a gradient is float64; allowed: float32, bfloat16, float16"),
+        (gradient_in_float64, r"the gradient of .* is float64; allowed: float32, bfloat16, float16"),
     ],
     ids=["sparse", "float64", "float64-gradient"],
 )
