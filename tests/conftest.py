@@ -3,6 +3,7 @@
 import os
 import random
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ import torch
 TESTS = Path(__file__).parent
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
 PACKAGES = ("lowmem_kernels", "lowmem_optim")
+BUDGET_SECONDS = {"spec": 60, "interp": 240, "compile": 180, "optim": 120}
 GARBAGE = 0x5A
 
 
@@ -35,6 +37,18 @@ def pytest_collect_file(file_path, parent):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(_tier(item.path))
+
+
+def pytest_sessionstart(session):
+    session.config.started = time.monotonic()
+
+
+def pytest_terminal_summary(terminalreporter, config):
+    """Print what a tier took of its budget, which is for two cores; a test does not fail for being slow."""
+    seconds = time.monotonic() - config.started
+    for tier, budget in BUDGET_SECONDS.items():
+        if any(Path(argument).parts[-1:] == (tier,) for argument in config.args):
+            terminalreporter.write_line(f"tier {tier}: {seconds:.0f} s of a budget of {budget} s")
 
 
 @pytest.fixture(autouse=True)

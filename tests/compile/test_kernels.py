@@ -5,8 +5,8 @@ from functools import cache
 
 import pytest
 
+from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
-from lowmem_kernels.testing.compile_cases import compile_cases
 
 CASES = {
     (target, case.name): case for target, gpu in TARGETS.items() for case in compile_cases(warp_size=gpu.warp_size)
