@@ -189,3 +189,25 @@ def test_optimizing_lowers_a_quadratic(case):
         (param - target).square().sum().backward()
         optimizer.step()
     assert (param - target).norm() < 0.1 * target.norm()
+
+
+@every_case
+def test_a_compiled_model_trains_as_the_model_itself(case):
+    """Dynamo traces the model, guards on its parameters and must see each update."""
+
+    def losses(wrap):
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 1))
+        optimizer = case.make(model.named_parameters())
+        wrapped, seen = wrap(model), []
+        for _ in range(4):
+            loss = wrapped(torch.ones(2, 5)).square().mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            seen.append(loss.item())
+        return seen
+
+    plain = losses(lambda model: model)
+    assert plain[0] != plain[-1]
+    assert losses(lambda model: torch.compile(model, backend="eager")) == plain

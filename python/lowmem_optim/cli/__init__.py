@@ -1,4 +1,9 @@
-"""The command line, `lowmem`. Commands import torch and matplotlib when they run, so that `--help` is quick."""
+"""The command line, `lowmem`. Commands import what they need when they run: `--help` waits for torch alone."""
+
+from importlib.util import find_spec
+
+if missing := [name for name in ("matplotlib", "rich", "typer") if find_spec(name) is None]:
+    raise ModuleNotFoundError(f"the lowmem command needs {', '.join(missing)}: pip install 'lowmem-kernels[cli]'")
 
 import typer
 
