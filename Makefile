@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
+# the oldest Triton that is supported, which GPU images ship: kernels are compiled with both
+OLDEST := $(VENV)/triton-3.6.0
 PYTEST := $(BIN)/python -m pytest -q --durations=5
 ARGS   ?=
 
@@ -18,6 +20,10 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,dev]'
 	@touch $@
 
+$(OLDEST): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+	@touch $@
+
 setup: $(READY) ## create .venv with pinned dependencies
 
 train: $(READY)  ## train a small language model and compare optimizers (ARGS="--help" lists the options)
@@ -31,8 +37,9 @@ test-spec: $(READY) ## references against float64 oracles (budget: 1 minute)
 test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interp -n 2
 
-test-compile: $(READY) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 3 minutes)
+test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 3 minutes)
 	$(PYTEST) tests/compile -n 2 --dist loadgroup
+	PYTHONPATH=$(OLDEST) $(PYTEST) tests/compile/test_kernels.py -n 2 --dist loadgroup
 
 test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 2 minutes)
 	$(PYTEST) tests/optim -n 2

@@ -20,7 +20,7 @@ def scalar_or(x, default: tl.constexpr):
         return default
     else:
         # a float is a Python number in the interpreter
-        x = tl.to_tensor(x)
+        x = tl.core.to_tensor(x)
         if x.dtype.is_ptr():
             return tl.load(x).to(tl.float32)
         else:
@@ -111,7 +111,7 @@ def rounding_noise(key, start, lane):
 
     ``start`` is a multiple of a power of two above every lane, so that no carry passes from lane to start.
     """
-    start = tl.to_tensor(start).to(tl.int64)  # a loop counter is a Python number in the interpreter
+    start = tl.core.to_tensor(start).to(tl.int64)  # a loop counter is a Python number in the interpreter
     pair = (start >> 1).to(tl.uint32) + (lane >> 1).to(tl.uint32)
     word = mix32(pair ^ combine(key, (start >> 33).to(tl.uint32)))
     return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
