@@ -18,13 +18,10 @@ def scalar_or(x, default: tl.constexpr):
     """A scalar argument that is absent (None), a number, or a pointer to one fp32 on the device."""
     if x is None:
         return default
+    elif isinstance(x, tl.tensor) and x.dtype.is_ptr():
+        return tl.load(x).to(tl.float32)
     else:
-        # a float is a Python number in the interpreter
-        x = tl.core.to_tensor(x)
-        if x.dtype.is_ptr():
-            return tl.load(x).to(tl.float32)
-        else:
-            return x
+        return x  # in the interpreter a float is a Python number
 
 
 @triton.jit
@@ -111,7 +108,7 @@ def rounding_noise(key, start, lane):
 
     ``start`` is a multiple of a power of two above every lane, so that no carry passes from lane to start.
     """
-    start = tl.core.to_tensor(start).to(tl.int64)  # a loop counter is a Python number in the interpreter
+    start = tl.full((), 0, tl.int64) + start  # a loop counter is a Python number in the interpreter
     pair = (start >> 1).to(tl.uint32) + (lane >> 1).to(tl.uint32)
     word = mix32(pair ^ combine(key, (start >> 33).to(tl.uint32)))
     return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
