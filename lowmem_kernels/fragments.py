@@ -10,7 +10,6 @@ _MULTIPLIER_1 = tl.constexpr(MULTIPLIER_1)
 _MULTIPLIER_2 = tl.constexpr(MULTIPLIER_2)
 _GOLDEN_RATIO = tl.constexpr(GOLDEN_RATIO)
 _HEADER = tl.constexpr(HEADER)
-_VECTOR: tl.constexpr = tl.constexpr(8)
 
 
 @triton.jit

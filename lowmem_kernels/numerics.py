@@ -7,9 +7,6 @@ import math
 import torch
 from torch import Tensor
 
-#: Arithmetic and factored state are fp32 whatever the parameter: bf16 cannot hold 1 - 0.999.
-COMPUTE_DTYPE = torch.float32
-
 #: Parameter and gradient dtypes. float64 is absent on purpose: fp32 arithmetic would silently lose its digits.
 PARAM_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

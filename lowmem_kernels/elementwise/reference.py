@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ..numerics import STOCHASTIC_DTYPES
 from ..options import GradTransform, Rounding
 from ..rounding import store_stochastic_, stream_key
 
@@ -102,7 +103,7 @@ def _update_(
             for stream, (target, value) in enumerate(zip(stored, values, strict=True)):
                 if usable is not None:
                     value = torch.where(usable, value, target)
-                if rounding.stochastic and target.dtype is torch.bfloat16:
+                if rounding.stochastic and target.dtype in STOCHASTIC_DTYPES:
                     store_stochastic_(target, value, stream_key(key, step, stream), start)
                 elif value is not target:
                     target.copy_(value)
