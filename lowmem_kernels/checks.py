@@ -1,0 +1,66 @@
+"""What the lists of tensors given to a verb have to satisfy. Every family builds its checks from these."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .numerics import PARAM_DTYPES, name_of
+
+SCALAR = torch.Size()
+
+
+def check_list(
+    name: str,
+    tensors: Sequence[Tensor],
+    shapes: Sequence[torch.Size],
+    device: torch.device,
+    allowed: Sequence[torch.dtype],
+    contiguous: bool = True,
+) -> None:
+    """Raise ValueError or TypeError unless ``tensors`` have these shapes, this device and one dtype of ``allowed``.
+
+    The message names the list, the entry, what it is and what is allowed.
+    """
+    if len(tensors) != len(shapes):
+        raise ValueError(f"{name} has {len(tensors)} tensors; allowed: {len(shapes)}, one for each parameter")
+    # once for the whole list first: this runs in every step, and there is something to look for only if it fails
+    dtypes = {t.dtype for t in tensors}
+    if (
+        len(dtypes) <= 1
+        and dtypes <= {*allowed}
+        and [t.shape for t in tensors] == shapes
+        and {t.device for t in tensors} <= {device}
+        and (not contiguous or all([t.is_contiguous() for t in tensors]))
+    ):
+        return
+    first = tensors[0].dtype
+    for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor.dtype not in allowed:
+            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {', '.join(map(name_of, allowed))}")
+        if tensor.dtype is not first:
+            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(first)}, as {name}[0]")
+        if tensor.device != device:
+            raise ValueError(f"{name}[{i}] is on {tensor.device}; allowed: {device}, as the first tensor")
+        if tensor.shape != shape:
+            raise ValueError(f"{name}[{i}] has shape {tuple(tensor.shape)}; allowed: {tuple(shape)}")
+        if contiguous and not tensor.is_contiguous():
+            raise ValueError(f"{name}[{i}] is not contiguous; allowed: contiguous tensors")
+
+
+def check_params(params: Sequence[Tensor], grads: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+    """Raise as `check_list` for what all verbs that write parameters have: at least one of each."""
+    device, shapes = params[0].device, [p.shape for p in params]
+    check_list("params", params, shapes, device, PARAM_DTYPES, contiguous=False)
+    check_list("grads", grads, shapes, device, PARAM_DTYPES, contiguous=False)
+    check_list("steps", steps, [SCALAR] * len(params), device, (torch.float32,))
+
+
+def state_dtypes(params: Sequence[Tensor]) -> tuple[torch.dtype, ...]:
+    """Return the dtypes of states as large as the parameter: float32, and bfloat16 where the parameters are.
+
+    float16 is not among them: squares of gradients below 2e-4 would be 0.
+    """
+    return (torch.float32, torch.bfloat16) if params[0].dtype is torch.bfloat16 else (torch.float32,)
