@@ -58,8 +58,12 @@ def check_confidence(
     _check_moments("rows", rows, "cols", cols, params)
     matrices = [p for p in params if p.ndim >= 2]
     for name, factors in (("res_rows", res_rows), ("res_cols", res_cols)):
-        if len(factors) != len(params) or any((f is None) != (p.ndim < 2) for f, p in zip(factors, params, strict=False)):
-            raise ValueError(f"{name} does not fit params; allowed: a tensor for each of 2 or more dimensions, else None")
+        if len(factors) != len(params) or any(
+            (f is None) != (p.ndim < 2) for f, p in zip(factors, params, strict=False)
+        ):
+            raise ValueError(
+                f"{name} does not fit params; allowed: a tensor for each of 2 or more dimensions, else None"
+            )
     _check_moments(
         "res_rows", [r for r in res_rows if r is not None], "res_cols", [c for c in res_cols if c is not None], matrices
     )
@@ -75,8 +79,10 @@ def _check_moments(
     for i, (col, param) in enumerate(zip(cols, params, strict=True)):
         if (col is None) != (param.ndim < 2):
             allowed = "None" if param.ndim < 2 else "a tensor"
-            raise ValueError(f"{col_name}[{i}] is {'None' if col is None else 'a tensor'}; allowed: {allowed}, since "
-                             f"params[{i}] has shape {tuple(param.shape)}")
+            raise ValueError(
+                f"{col_name}[{i}] is {'None' if col is None else 'a tensor'}; allowed: {allowed}, since "
+                f"params[{i}] has shape {tuple(param.shape)}"
+            )
     matrices = [(c, p) for c, p in zip(cols, params, strict=True) if c is not None]
     check_list(col_name, [c for c, _ in matrices], [col_shape(p) for _, p in matrices], device, _FP32)
 
