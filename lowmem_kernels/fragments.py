@@ -103,7 +103,7 @@ def stream_key(key, step, STREAM: tl.constexpr):
 
 @triton.jit
 def rounding_noise(key, start, lane):
-    """uint32 noise, 0 .. 65535, of elements start + lane (any int64 and int32 that broadcast), twin of rounding.noise."""
+    """uint32 noise, 0 .. 65535, of elements start + lane (int64 and int32, broadcast), the twin of rounding.noise."""
     start = tl.full((), 0, tl.int64) + start  # a loop counter is a Python number in the interpreter
     lane += (start & 1).to(tl.int32)
     low = (start >> 1).to(tl.uint32)

@@ -1,5 +1,6 @@
-"""What a kernel reads of each parameter besides its addresses: a row of int64, written by schedule.py.
+"""What the host tells the kernels, and where: one list of names for schedule.py, launch.py and the kernels.
 
+FIELDS is what a kernel reads of each parameter besides its addresses: a row of int64, written by schedule.py.
 A parameter is a stack of ``matrices``, n x m. One whose second moment is kept in full is a single matrix with m = the
 width of a tile, whose last row may be short. A matrix is cut into ``groups`` of ``group_rows`` rows; a ticket is one
 group, or ``batch`` whole matrices where they are small. Offsets count float32 elements from the start of the scratch.
@@ -12,7 +13,7 @@ FIELDS = (
     "matrices",
     "n",
     "m",
-    "limit",  # elements of a matrix
+    "last",  # elements of the last row
     "group_rows",
     "groups",
     "batch",
@@ -32,7 +33,7 @@ FIELDS = (
     "new_param_sum",  # tickets: after it
     "update_sum",  # sums of u²
     "floored",  # col_tickets: 1 where the floor under V is felt
-    "scalars",  # see kernels.py
+    "scalars",  # see SCALARS
     "res_row",  # as new_row, new_col and row_mean, of CAME's residual
     "res_col",
     "res_mean",
@@ -45,3 +46,27 @@ FIELDS = (
     "grad_row_stride",
     "grad_col_stride",
 )
+
+#: Addresses of a parameter's tensors; 0 where there is none.
+COLUMNS = ("param", "grad", "row", "col", "step", "exp_avg", "param_sum", "res_row", "res_col")
+
+#: Phases of all rules, in order.
+PHASES = ("look", "columns", "floor", "residual", "residual_columns", "apply")
+
+#: What a parameter's scalars in the scratch are.
+SCALARS = (
+    "ok",  # 1 where the parameter is to be updated
+    "step_size",  # what multiplies g / sqrt(V)
+    "decay",  # what multiplies p
+    "used_sum",  # the sum of p² that the step used
+    "felt",  # not 0 where the floor under V is felt
+)
+
+#: Counters of a parameter's finished programs, one for each phase after which something is done once.
+COUNTERS = ("columns", "floor", "apply")
+
+#: Numbers of a segment, which is a piece of the ticket list: first ticket, parameter, phase.
+SEGMENT = 3
+
+#: Columns of a ticket of the column phases.
+SLAB = 128

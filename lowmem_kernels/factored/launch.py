@@ -11,26 +11,34 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..device import launching_on
+from ..device import device_facts, launching_on
 from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
 from ..table import Layout, counters, device_vector
-from .kernels import COLUMNS, COUNTERS, _confidence_kernel, _factored_kernel
+from .fields import COLUMNS, COUNTERS
+from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
 from .schedule import Shape, geometry_of, layout_of, parts_of, schedule_of, tile_of
 
 
 @dataclass(frozen=True)
 class FactoredPlan:
-    """A tile's rows and columns, and warps."""
+    """A tile's rows and columns, warps, and the registers that a thread may have (None: as many as it wants)."""
 
     tile: Shape
     num_warps: int
+    maxnreg: int | None
 
 
-def plan_factored(tile: Shape, layout: Layout) -> FactoredPlan:
-    """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile."""
-    return FactoredPlan(tile, num_warps=8 if layout.aligned else 16)
+def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
+    """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
+
+    Aligned: 16 elements for each thread of 8 warps. Left to itself the compiler takes 150 to 230 registers on sm_90, so
+    that a processor has one program; with 128 it has two, and nothing spills, but for the momentum. Otherwise see
+    `schedule.tile_of`. AMD's compiler has no such option.
+    """
+    bounded = layout.aligned and warp_size == 32 and not momentum
+    return FactoredPlan(tile, num_warps=8 if layout.aligned else 16, maxnreg=128 if bounded else None)
 
 
 def factored_update_(
@@ -110,7 +118,7 @@ def _launch(
     if not params:
         return
     device = params[0].device
-    residual = "residual" in phases
+    warp_size = device_facts(device).warp_size
     keys = rounding.keys(len(params))
     addresses = [_addresses(columns.get(name), len(params)) for name in COLUMNS]
     geometries = [geometry_of(p, g) for p, g in zip(params, grads, strict=True)]
@@ -118,20 +126,23 @@ def _launch(
     tiled = [addresses[COLUMNS.index(name)] for name in ("param", "grad", "row", "exp_avg")]
     kinds: dict[tuple[Shape, Layout], list[int]] = {}
     for i, geometry in enumerate(geometries):
-        kind = tile_of(geometry.shape), layout_of(geometry, [column[i] for column in tiled])
-        kinds.setdefault(kind, []).append(i)
+        layout = layout_of(geometry, [column[i] for column in tiled])
+        kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
     for (tile, layout), members in kinds.items():
-        plan = plan_factored(tile, layout)
-        for part in parts_of([geometries[i] for i in members], residual):
+        plan = plan_factored(tile, layout, warp_size, momentum=arguments.get("MOMENTUM", False))
+        options = {"num_warps": plan.num_warps, "enable_fp_fusion": False}
+        if plan.maxnreg is not None:
+            options["maxnreg"] = plan.maxnreg
+        for part in parts_of([geometries[i] for i in members], tile, "residual" in phases):
             chosen = [members[k] for k in part]
-            schedule = _schedule(tuple(geometries[i] for i in chosen), tuple(keys[i] for i in chosen), phases, residual)
+            schedule = _schedule(tuple(geometries[i] for i in chosen), tile, tuple(keys[i] for i in chosen), phases)
             table = device_vector(schedule.values, device)
             pointers = device_vector(tuple([column[i] for i in chosen for column in addresses]), device)
             scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
             for launch in schedule.launches:
                 with launching_on(device):
                     kernel[(launch.tickets,)](
-                        table, pointers, scratch, counters(COUNTERS * len(chosen), device),
+                        table, pointers, scratch, counters(len(COUNTERS) * len(chosen), device),
                         transform.skipped, transform.found_inf,
                         schedule.rows_start, launch.segment, launch.segments, launch.ticket,
                         scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
@@ -142,7 +153,7 @@ def _launch(
                         ALIGNED=layout.aligned, STRIDED=layout.strided,
                         STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
                         BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols,
-                        num_warps=plan.num_warps, enable_fp_fusion=False, **arguments,
+                        **options, **arguments,
                     )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..table import ALIGNMENT, Layout, collapse
-from .fields import FIELDS
-from .kernels import PHASES, SCALARS_SIZE
-from .tiles import SLAB
+from .fields import FIELDS, PHASES, SCALARS, SEGMENT, SLAB
 
 #: Groups of rows of a parameter at most. Each has its own column sums, 8 bytes for each column, which cost more the
 #: more groups there are: at 128 and 4096 rows, 0.25 bytes for each element. Fewer would leave processors idle where
@@ -39,6 +37,7 @@ class Shape(NamedTuple):
 
 #: Tiles of 4096 elements: of 8 warps, each thread has 16 elements, two 16-byte accesses of bfloat16 for each tensor.
 WIDE, NARROW = Shape(16, 256), Shape(128, 32)
+HALF_WIDE, HALF_NARROW = Shape(8, 256), Shape(64, 32)
 
 
 class Geometry(NamedTuple):
@@ -75,11 +74,6 @@ def geometry_of(param: Tensor, grad: Tensor) -> Geometry:
     return Geometry(tuple(param.shape), None if contiguous else (param.stride(), grad.stride()))
 
 
-def tile_of(shape: Sequence[int]) -> Shape:
-    """Return the tile for a shape: narrow ones for rows of at most 64 elements, which a wide one would not fill."""
-    return NARROW if len(shape) >= 2 and shape[-1] <= 2 * NARROW.cols else WIDE
-
-
 def layout_of(geometry: Geometry, addresses: Sequence[int]) -> Layout:
     """Return what may be assumed of a parameter: 16-byte accesses need rows of whole vectors at aligned addresses."""
     whole = (geometry.shape[-1] if geometry.shape else 1) % 8 == 0
@@ -87,11 +81,22 @@ def layout_of(geometry: Geometry, addresses: Sequence[int]) -> Layout:
     return Layout(aligned, geometry.strides is not None)
 
 
-def parts_of(geometries: Sequence[Geometry], residual: bool) -> Iterator[range]:
+def tile_of(geometry: Geometry, layout: Layout) -> Shape:
+    """Return the tile for a parameter: narrow for rows of at most 64 elements, which a wide one would not fill.
+
+    Half as large where elements are accessed one by one, each with an address of its own: then 4 for each thread of 16
+    warps do not spill on sm_90, and 8 do.
+    """
+    shape = geometry.shape
+    wide, narrow = (WIDE, NARROW) if layout.aligned else (HALF_WIDE, HALF_NARROW)
+    return narrow if len(shape) >= 2 and shape[-1] <= 2 * narrow.cols else wide
+
+
+def parts_of(geometries: Sequence[Geometry], tile: Shape, residual: bool) -> Iterator[range]:
     """Cut a list into ranges whose scratch is at most SCRATCH_BYTES, or that have one parameter."""
     start, size = 0, 0
     for i, geometry in enumerate(geometries):
-        needed = 4 * _Row(geometry, residual).scratch
+        needed = 4 * _Row(geometry, tile, residual).scratch
         if i > start and size + needed > SCRATCH_BYTES:
             yield range(start, i)
             start, size = i, 0
@@ -100,19 +105,19 @@ def parts_of(geometries: Sequence[Geometry], residual: bool) -> Iterator[range]:
         yield range(start, len(geometries))
 
 
-def schedule_of(geometries: Sequence[Geometry], keys: Sequence[int], phases: Sequence[str], residual: bool) -> Schedule:
+def schedule_of(geometries: Sequence[Geometry], tile: Shape, keys: Sequence[int], phases: Sequence[str]) -> Schedule:
     """Return the schedule of parameters that share a tile: phases one after the other, each through all parameters."""
-    rows = [_Row(geometry, residual) for geometry in geometries]
+    rows = [_Row(geometry, tile, "residual" in phases) for geometry in geometries]
     segments: list[int] = []
     launches = []
     ticket = 0
     for phase in phases:
-        first_ticket, first_segment = ticket, len(segments) // 3
+        first_ticket, first_segment = ticket, len(segments) // SEGMENT
         for k, row in enumerate(rows):
             if count := row.tickets_in(phase):
                 segments += (ticket, k, PHASES.index(phase))
                 ticket += count
-        here = len(segments) // 3 - first_segment
+        here = len(segments) // SEGMENT - first_segment
         if here:
             launches.append(Launch(phase, first_ticket, ticket - first_ticket, first_segment, here))
     rows_start = len(segments)
@@ -129,15 +134,16 @@ def schedule_of(geometries: Sequence[Geometry], keys: Sequence[int], phases: Seq
 class _Row:
     """One parameter's fields."""
 
-    def __init__(self, geometry: Geometry, residual: bool) -> None:
+    def __init__(self, geometry: Geometry, tile: Shape, residual: bool) -> None:
         shape = geometry.shape
         numel = torch.Size(shape).numel()
-        tile = tile_of(shape)
         full = len(shape) < 2 or numel == 0
         if full:
-            matrices, n, m, limit = 1, -(-numel // tile.cols), tile.cols, numel
+            matrices, n, m = 1, -(-numel // tile.cols), tile.cols
+            last = numel - (n - 1) * m if n else 0
         else:
-            matrices, n, m, limit = numel // (shape[-2] * shape[-1]), shape[-2], shape[-1], shape[-2] * shape[-1]
+            matrices, n, m = numel // (shape[-2] * shape[-1]), shape[-2], shape[-1]
+            last = m
         blocks = -(-n // tile.rows)
         groups = max(1, min(blocks, MAX_GROUPS // matrices))
         group_rows = max(1, -(-blocks // groups)) * tile.rows
@@ -158,7 +164,7 @@ class _Row:
             "new_param_sum": tickets,
             "update_sum": max(tickets, col_tickets),
             "floored": col_tickets,
-            "scalars": SCALARS_SIZE,
+            "scalars": len(SCALARS),
             "res_row": matrices * n if residual and not full else 0,
             "res_col": matrices * m if residual and not full else 0,
             "res_mean": matrices if residual else 0,
@@ -176,7 +182,7 @@ class _Row:
             "matrices": matrices,
             "n": n,
             "m": m,
-            "limit": limit,
+            "last": last,
             "group_rows": group_rows,
             "groups": groups,
             "batch": batch,
@@ -207,7 +213,7 @@ class _Row:
 
 
 def _strides(geometry: Geometry, m: int, full: bool) -> tuple[list[int], dict[str, int]]:
-    """The outer dimensions, (size, stride of p, stride of g) from the innermost outwards, and the last two's strides."""
+    """(size, stride of p, stride of g) of the outer dimensions, innermost first, and the last two's strides."""
     names = ("param_row_stride", "param_col_stride", "grad_row_stride", "grad_col_stride")
     if geometry.strides is None:
         return [], dict.fromkeys(names, 0)
