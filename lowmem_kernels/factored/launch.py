@@ -29,6 +29,11 @@ class FactoredPlan:
     num_warps: int
     maxnreg: int | None
 
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options."""
+        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **bound}
+
 
 def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
     """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
@@ -130,9 +135,6 @@ def _launch(
         kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
     for (tile, layout), members in kinds.items():
         plan = plan_factored(tile, layout, warp_size, momentum=arguments.get("MOMENTUM", False))
-        options = {"num_warps": plan.num_warps, "enable_fp_fusion": False}
-        if plan.maxnreg is not None:
-            options["maxnreg"] = plan.maxnreg
         for part in parts_of([geometries[i] for i in members], tile, "residual" in phases):
             chosen = [members[k] for k in part]
             schedule = _schedule(tuple(geometries[i] for i in chosen), tile, tuple(keys[i] for i in chosen), phases)
@@ -153,7 +155,7 @@ def _launch(
                         ALIGNED=layout.aligned, STRIDED=layout.strided,
                         STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
                         BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols,
-                        **options, **arguments,
+                        **plan.options(), **arguments,
                     )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)

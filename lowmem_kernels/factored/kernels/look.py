@@ -238,7 +238,7 @@ def floor_tile(
 def carried_sum(param_sum_ptr):
     """The sum of p² that an earlier step left, NaN where there is none."""
     if param_sum_ptr is None:
-        return float("nan")
+        return tl.full((), float("nan"), tl.float32)
     else:
         return tl.load(param_sum_ptr)
 
