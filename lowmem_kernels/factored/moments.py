@@ -93,7 +93,8 @@ class FactoredMoment:
         if self.floor:
             # V of the smallest row and column that have a gradient: is the floor under V felt?
             smallest_col = torch.where(sums[:, 0] > 0, self.new_col, math.inf).amin(-1)
-            if not (smallest_row / mean_row * smallest_col >= self.floor**2).all():
+            bound = max(self.floor**2, torch.finfo(torch.float32).tiny)  # 1/R of smaller R may be Inf
+            if not (smallest_row / mean_row * smallest_col > bound).all():
                 return self._sum_of_squares(grad, transform) + poison
         # sum_ij u² = mean(R) sum_j (sum_i q_ij / R_i) / C_j, so that it needs no third look
         terms = torch.where(self.new_col > 0, sums[:, 1].double() / self.new_col, 0.0)
