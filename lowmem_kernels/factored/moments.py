@@ -86,6 +86,8 @@ class FactoredMoment:
                 used = torch.where(mean > 0, row, math.inf)
                 smallest_row[matrices] = torch.minimum(smallest_row[matrices], used.amin(-1))
         self.new_col = torch.lerp(self.col, sums[:, 0] / self.n + self.added, self.weight)
+        # sums of g² may be Inf where g is not, and then the update is 0
+        poison += 0.0 * self.new_row.max().item() + 0.0 * self.new_col.max().item()
         mean_row = self.new_row.mean(-1).clamp_(min=self.floor)
         self.row_scale = _safe_rsqrt(self.new_row / mean_row[:, None])
         self.col_scale = _safe_rsqrt(self.new_col)
@@ -141,7 +143,9 @@ class FullMoment:
             g, unscaled = cut.read_gradient(block, transform)
             if g is not unscaled and transform.skip_nonfinite:
                 total += 0.0 * unscaled.sum().item()  # what clipping would hide
-            total += self._update(g, self._moved(g, place)).square_().sum().item()
+            moved = self._moved(g, place)
+            # g² may be Inf where g is not, and then the update is 0
+            total += self._update(g, moved).square_().sum().item() + 0.0 * moved.max().item()
         return total
 
     def _moved(self, g: Tensor, place: Place) -> Tensor:
