@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.every import both_dtypes, every_case
+from optim.every import both_dtypes, cases_with_lr, every_case
 from optim.tensors import (
     SMALL,
     Unchanged,
@@ -178,7 +178,7 @@ def test_frozen_and_thawed_parameters(case):
     assert [optimizer.state[p]["step"].item() for p in params] == [6, 5, 5]
 
 
-@every_case
+@cases_with_lr
 def test_optimizing_lowers_a_quadratic(case):
     """200 steps on |p - target|²; every rule gets much nearer whatever its scale of steps is."""
     target = torch.linspace(-1, 1, 24).view(4, 6)
