@@ -21,8 +21,9 @@ def pytest_configure(config):
     # two workers share the processors, and sums do not depend on how many there are
     torch.set_num_threads(1)
     if INTERPRETING:
-        from lowmem_kernels.testing.interpreter import install_round_to_nearest
+        from lowmem_kernels.testing.interpreter import install_fast_calls, install_round_to_nearest
 
+        install_fast_calls()
         install_round_to_nearest()
 
 
