@@ -102,7 +102,7 @@ class Adafactor(FactoredOptimizer):
             raise ValueError(f"lr is {lr!r}; allowed: None, since relative_step is True")
 
     def check_lr(self, options: Mapping[str, Any]) -> None:
-        if options["lr"] is not None or not options["relative_step"]:
+        if options["lr"] is not None or options["relative_step"] is False:
             super().check_lr(options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:

@@ -72,8 +72,8 @@ CASES = [
     OptimizerCase(
         name="adafactor-momentum-param-state",
         optimizer=Adafactor,
-        options={"lr": 2e-2, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1, "state_dtype": "param"},
-        other_options={"beta1": 0.5, "scale_parameter": False, "lr": 3e-3, "clip_threshold": 0.6},
+        options={"lr": 5e-2, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1, "state_dtype": "param"},
+        other_options={"beta1": 0.5, "scale_parameter": False, "lr": 1e-2, "clip_threshold": 0.6},
         oracle=adafactor,
         state=with_momentum,
         wrong=WRONG,

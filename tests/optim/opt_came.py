@@ -36,8 +36,8 @@ def state(shape, dtype):
     return {"exp_avg": (shape, torch.float32), **factors(shape), **residual}
 
 
-OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.99, 0.999), "weight_decay": 0.1}
-OTHER_OPTIONS = {"lr": 3e-4, "betas": (0.8, 0.95, 0.9), "eps": (1e-2, 1e-3), "clip_threshold": 0.6, "weight_decay": 0.0}
+OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.99, 0.999), "weight_decay": 0.1}
+OTHER_OPTIONS = {"lr": 3e-3, "betas": (0.8, 0.95, 0.9), "eps": (1e-2, 1e-3), "clip_threshold": 0.6, "weight_decay": 0.0}
 WRONG = [
     *WRONG_COMMON,
     *WRONG_CLIP,
