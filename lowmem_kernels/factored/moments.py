@@ -40,6 +40,10 @@ class Moment(Protocol):
         """Return g / sqrt(V) of a block, in new memory."""
         ...
 
+    def squares(self, tensor: Tensor) -> float:
+        """Return the sum of the squares of a tensor of the parameter's shape."""
+        ...
+
     def scale(self, factor: float) -> None:
         """Make `update` return ``factor`` times as much."""
         ...
@@ -71,7 +75,8 @@ class FactoredMoment:
         smallest_row = torch.full((len(self.row),), math.inf)
         poison = 0.0
         for _, (matrices, rows), (block,) in self.blocks(grad):
-            g, unscaled = cut.read_gradient(block, transform)
+            # sums go by the order of memory, and they have to be the same whatever the strides are
+            g, unscaled = cut.read_gradient(block.contiguous(), transform)
             if g is not unscaled and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
             q = g * g
@@ -106,10 +111,15 @@ class FactoredMoment:
         return total
 
     def update(self, g: Tensor, place: Place) -> Tensor:
+        g = g.contiguous()
         rows, cols = self.row_scale[place][..., None], self.col_scale[place[0], None, :]
         if self.floor:
             return (rows * cols).clamp_(max=self.bound).mul_(g)
         return (g * cols).mul_(rows)
+
+    def squares(self, tensor: Tensor) -> float:
+        sums = [block.float().contiguous().square().sum((-2, -1)) for _, _, (block,) in self.blocks(tensor)]
+        return torch.cat(sums).double().sum().item()
 
     def scale(self, factor: float) -> None:
         self.row_scale *= factor
@@ -153,6 +163,9 @@ class FullMoment:
         moment = self._moved(g, place)
         self.moment[place] = moment
         return self._update(g, moment).mul_(self.factor)
+
+    def squares(self, tensor: Tensor) -> float:
+        return sum(block.float().square().sum().item() for _, _, (block,) in self.blocks(tensor))
 
     def scale(self, factor: float) -> None:
         self.factor *= factor

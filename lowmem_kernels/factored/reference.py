@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import blocks, read_gradient, store_
+from ..blocks import read_gradient, store_
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .moments import FactoredMoment, Moment, moment_of
@@ -37,7 +37,7 @@ def factored_update_(
         param = params[i]
         rate = {"constant": lr, "rsqrt": min(lr, step**-0.5), "warmup": min(lr * step, step**-0.5)}[rule.lr_schedule]
         if rule.scale_parameter:
-            rate *= max(rule.eps[1], _rms(param))
+            rate *= max(rule.eps[1], math.sqrt(moment.squares(param) / param.numel()))
         decay = weight_decay * (rate if rule.scale_decay else lr)
         moment.scale(rate)
         tensors = [param, grads[i]] if exp_avgs is None else [param, grads[i], exp_avgs[i]]
@@ -152,8 +152,3 @@ def _subtract(p: Tensor, update: Tensor, decay: float, key: int, step: int, star
     value = p.to(torch.float32)
     value.sub_(update.add_(value, alpha=decay) if decay else update)
     store_(p, value, rounding.stochastic, stream_key(key, step, 0), start)
-
-
-def _rms(param: Tensor) -> float:
-    squares = sum(torch.linalg.vector_norm(block.float()).item() ** 2 for _, (block,) in blocks(param))
-    return math.sqrt(squares / param.numel())
