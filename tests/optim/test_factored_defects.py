@@ -7,7 +7,7 @@ from came_pytorch import CAME as PackageCAME
 from torch import nn
 from transformers.optimization import AdafactorSchedule
 
-from lowmem_optim import CAME, AdaLomo, Adafactor, TorchAdafactor
+from lowmem_optim import CAME, Adafactor, AdaLomo, TorchAdafactor
 from optim.tensors import assert_same_bits, assert_same_states, copies, make_params, states_of, take_steps, values
 
 OURS = [Adafactor, TorchAdafactor, AdaLomo, CAME]
