@@ -18,7 +18,8 @@ from lowmem_optim.checks import COMMON_DEFAULTS
 # validation loss:
 #   AdamW: 5e-4 1.804, 8e-4 1.741, 1.5e-3 1.737, 2e-3 1.734; after 500 steps 1.5e-3 1.808, 3e-3 1.851, 1e-2 2.462
 #   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
-LEARNING_RATES = {"AdamW": 2e-3, "Lomo": 0.5, "SGD": 0.5}
+# Not swept: Adafactor, the bound of its own schedule
+LEARNING_RATES = {"AdamW": 2e-3, "Lomo": 0.5, "SGD": 0.5, "Adafactor": 1e-2}
 
 # Arguments with a command-line option of their own
 NAMED_OPTIONS = {
@@ -64,7 +65,8 @@ class Choice:
 
         Raises ValueError naming the optimizer when its constructor rejects an option.
         """
-        own = {key: value for key, value in options.items() if self.takes(key)}
+        # the command has a schedule, in whose place Adafactor would put its own
+        own = {key: value for key, value in {"relative_step": False, **options}.items() if self.takes(key)}
         try:
             return self.cls(model.named_parameters(), lr=lr, **own)  # type: ignore[call-arg]
         except (TypeError, ValueError, RuntimeError) as error:
