@@ -186,7 +186,7 @@ def test_rows_without_gradient_stay(optimizer):
 
 
 def test_steps_do_not_depend_on_the_size_of_gradients():
-    """Down to 1e-12, whose squares are 1e6 times eps1. torch's rule, whose eps1 is larger, freezes what is below 1e-7."""
+    """Down to 1e-12, whose squares are 1e6 times eps1. torch's rule, whose eps1 is larger, freezes below 1e-7."""
     for optimizer in (Adafactor, AdaLomo, CAME):
         sizes = [displacement(optimizer, scale, torch.float32) for scale in (1.0, 1e-12)]
         assert sizes[1] == pytest.approx(sizes[0], rel=1e-4)
