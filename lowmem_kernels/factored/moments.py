@@ -15,11 +15,15 @@ import torch
 from torch import Tensor
 
 from .. import blocks as cut
+from ..blocks import Scratch
 from ..options import GradTransform
 from .rule import FactoredRule
 
 #: Rows of a block at most: longer fp32 column sums would lose digits.
 _ROWS = 1024
+
+#: The smallest normal number, whose reciprocal is finite.
+_TINY = torch.finfo(torch.float32).tiny
 
 #: Where a block lies: for factored moments (matrices, rows), for full ones the elements.
 Place = tuple[slice, ...]
@@ -28,7 +32,7 @@ Place = tuple[slice, ...]
 class Moment(Protocol):
     """What `FactoredMoment` and `FullMoment` have in common."""
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         """Read the gradient; return the sum of the squares of the update. NaN or Inf if any element is."""
         ...
 
@@ -36,8 +40,11 @@ class Moment(Protocol):
         """Cut tensors of the parameter's shape into (index of the first element, place, views)."""
         ...
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
-        """Return g / sqrt(V) of a block, in new memory."""
+    def update(self, g: Tensor, place: Place, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return g / sqrt(V) of a block as two factors that broadcast. g may lie in ``out``.
+
+        The first factor lies there or in new memory; the second may lie anywhere, as g.
+        """
         ...
 
     def scale(self, factor: float) -> None:
@@ -65,22 +72,23 @@ class FactoredMoment:
                 start = (place[0].start * self.n + rows.start) * self.m
                 yield start, place, [t[matrices, rows] for t in stack]
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
-        sums = torch.zeros(len(self.col), 2, self.m)
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
+        sums = self.col.new_zeros(len(self.col), 2, self.m)
         self.new_row = torch.empty_like(self.row)
-        smallest_row = torch.full((len(self.row),), math.inf)
+        smallest_row = self.row.new_full((len(self.row),), math.inf)
         poison = 0.0
         for _, (matrices, rows), (block,) in self.blocks(grad):
-            g, unscaled = cut.read_gradient(block, transform)
-            if g is not unscaled and transform.skip_nonfinite:
+            q = scratch.like(block)[0]
+            g, unscaled = cut.read_gradient(block, transform, q)
+            if transform.clip_value is not None and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
-            q = g * g
-            mean = q.sum(-1).div_(self.m)
+            torch.mul(g, g, out=q)
+            mean = q.mean(-1)
             row = torch.lerp(self.row[matrices, rows], mean + self.added, self.weight)
             self.new_row[matrices, rows] = row
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
-            left = torch.ones(len(q), 2, q.shape[1])
-            left[:, 1] = torch.where(row > 0, row.reciprocal(), 0.0)
+            left = row.new_ones(len(q), 2, q.shape[1])
+            left[:, 1] = row.clamp(min=_TINY).reciprocal_()
             sums[matrices].baddbmm_(left, q)
             if self.floor:
                 used = torch.where(mean > 0, row, math.inf)
@@ -89,31 +97,35 @@ class FactoredMoment:
         mean_row = self.new_row.mean(-1).clamp_(min=self.floor)
         self.row_scale = _safe_rsqrt(self.new_row / mean_row[:, None])
         self.col_scale = _safe_rsqrt(self.new_col)
-        self.bound = 1 / self.floor if self.floor else math.inf
+        self.bound: float | None = None
         if self.floor:
             # V of the smallest row and column that have a gradient: is the floor under V felt?
             smallest_col = torch.where(sums[:, 0] > 0, self.new_col, math.inf).amin(-1)
             if not (smallest_row / mean_row * smallest_col >= self.floor**2).all():
-                return self._sum_of_squares(grad, transform) + poison
+                self.bound = 1 / self.floor
+                return self._sum_of_squares(grad, transform, scratch) + poison
         # sum_ij u² = mean(R) sum_j (sum_i q_ij / R_i) / C_j, so that it needs no third look
         terms = torch.where(self.new_col > 0, sums[:, 1].double() / self.new_col, 0.0)
         return (mean_row.double() * terms.sum(-1)).sum().item() + poison
 
-    def _sum_of_squares(self, grad: Tensor, transform: GradTransform) -> float:
+    def _sum_of_squares(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         total = 0.0
         for _, place, (block,) in self.blocks(grad):
-            total += self.update(cut.read_gradient(block, transform)[0], place).square_().sum().item()
+            out = scratch.like(block)[0]
+            x, y = self.update(cut.read_gradient(block, transform, out)[0], place, out)
+            total += x.mul_(y).square_().sum().item()
         return total
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
+    def update(self, g: Tensor, place: Place, out: Tensor) -> tuple[Tensor, Tensor]:
         rows, cols = self.row_scale[place][..., None], self.col_scale[place[0], None, :]
-        if self.floor:
-            return (rows * cols).clamp_(max=self.bound).mul_(g)
-        return (g * cols).mul_(rows)
+        if self.bound is not None:
+            return (rows * cols).clamp_(max=self.bound), g
+        return torch.mul(g, cols, out=out), rows
 
     def scale(self, factor: float) -> None:
         self.row_scale *= factor
-        self.bound *= factor
+        if self.bound is not None:
+            self.bound *= factor
 
     def commit(self) -> None:
         self.row.copy_(self.new_row)
@@ -134,25 +146,26 @@ class FullMoment:
             place = slice(start, start + cut.BLOCK)
             yield start, (place,), [t[place] for t in flat]
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         total = 0.0
         for _, place, (block,) in self.blocks(grad):
-            g, unscaled = cut.read_gradient(block, transform)
-            if g is not unscaled and transform.skip_nonfinite:
+            out = scratch.like(block)[0]
+            g, unscaled = cut.read_gradient(block, transform, out)
+            if transform.clip_value is not None and transform.skip_nonfinite:
                 total += 0.0 * unscaled.sum().item()  # what clipping would hide
-            total += self._update(g, self._moved(g, place)).square_().sum().item()
+            total += self._inverse_root(self._moved(g, place)).mul_(g).square_().sum().item()
         return total
 
     def _moved(self, g: Tensor, place: Place) -> Tensor:
-        return torch.lerp(self.moment[place], g * g + self.added, self.weight)
+        return torch.lerp(self.moment[place], (g * g).add_(self.added), self.weight)
 
-    def _update(self, g: Tensor, moment: Tensor) -> Tensor:
-        return _safe_rsqrt(moment.clamp(min=self.floor**2) if self.floor else moment).mul_(g)
+    def _inverse_root(self, moment: Tensor) -> Tensor:
+        return _safe_rsqrt(moment.clamp_(min=self.floor**2) if self.floor else moment)
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
+    def update(self, g: Tensor, place: Place, out: Tensor) -> tuple[Tensor, Tensor]:
         moment = self._moved(g, place)
         self.moment[place] = moment
-        return self._update(g, moment).mul_(self.factor)
+        return self._inverse_root(moment).mul_(self.factor), g
 
     def scale(self, factor: float) -> None:
         self.factor *= factor
