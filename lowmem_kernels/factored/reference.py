@@ -39,17 +39,19 @@ def factored_update_(
         if rule.scale_parameter:
             rate *= max(rule.eps[1], _rms(param, moment, scratch))
         decay = weight_decay * (rate if rule.scale_decay else lr)
+        one = steps[i].new_ones(())
         moment.scale(rate)
+        p_key, m_key = stream_key(key, step, 0), stream_key(key, step, 1)
         tensors = [param, grads[i]] if exp_avgs is None else [param, grads[i], exp_avgs[i]]
-        for start, place, (p, grad, *exp_avg) in moment.blocks(*tensors):
+        for start, part, (p, grad, *exp_avg) in moment.blocks(*tensors):
             u, v = scratch.like(p)
-            x, y = moment.update(read_gradient(grad, transform, u)[0], place, u)
+            x, y = moment.update(read_gradient(grad, transform, u)[0], part, u)
             if rule.beta1 is not None:
-                x, y = _move(exp_avg[0], x.mul_(y), rule.beta1, v), p.new_ones((), dtype=torch.float32)
+                x, y = _move(exp_avg[0], x.mul_(y), rule.beta1, v), one
                 # what p gets is not rounded, and stochastic rounding would overwrite it
-                store_(exp_avg[0], u.copy_(x) if x is v else x, rounding.stochastic, stream_key(key, step, 1), start)
+                store_(exp_avg[0], u.copy_(x) if x is v else x, rounding.stochastic, m_key, start)
                 u, v = v, u
-            _subtract(p, x, y, decay, (v, u), rounding.stochastic, stream_key(key, step, 0), start)
+            _subtract(p, x, y, decay, (v, u), rounding.stochastic, p_key, start)
         moment.commit()
 
 
@@ -77,26 +79,28 @@ def confidence_update_(
     rule = FactoredRule(eps=(eps[0], 0.0), beta2=beta2, clip_threshold=clip_threshold)
     for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding, scratch):
         param, exp_avg, res_row, res_col = params[i], exp_avgs[i], res_rows[i], res_cols[i]
+        p_key, m_key = stream_key(key, step, 0), stream_key(key, step, 1)
         residual = None
         if res_row is not None and res_col is not None:
             residual = _Residual(param, res_row, res_col, 1 - beta3, eps[1])
-        for start, place, (grad, m) in moment.blocks(grads[i], exp_avg):
+        for start, part, (grad, m) in moment.blocks(grads[i], exp_avg):
             u, v = scratch.like(m)
-            x, y = moment.update(read_gradient(grad, transform, u)[0], place, u)
+            x, y = moment.update(read_gradient(grad, transform, u)[0], part, u)
             update = x.mul_(y)
             new = _move(m, update, beta1, v)
             if residual is not None:
-                residual.add(update.sub_(new).square_(), place)
-            store_(m, new, rounding.stochastic, stream_key(key, step, 1), start)
+                residual.add(update.sub_(new).square_(), start)
+            store_(m, new, rounding.stochastic, m_key, start)
         moment.commit()
         if residual is not None:
             residual.finish(lr)
-        for start, place, (p, m) in moment.blocks(param, exp_avg):
+        rate = steps[i].new_tensor(lr)
+        for start, part, (p, m) in (residual or moment).blocks(param, exp_avg):
             u, v = scratch.like(p)
-            x, y = as_fp32(m, u), u.new_tensor(lr)
+            x, y = as_fp32(m, u), rate
             if residual is not None:
-                x, y = residual.update(x, place, u)
-            _subtract(p, x, y, weight_decay * lr, (v, u), rounding.stochastic, stream_key(key, step, 0), start)
+                x, y = residual.update(x, part, u)
+            _subtract(p, x, y, weight_decay * lr, (v, u), rounding.stochastic, p_key, start)
 
 
 class _Residual(FactoredMoment):
@@ -104,18 +108,19 @@ class _Residual(FactoredMoment):
 
     def __init__(self, param: Tensor, row: Tensor, col: Tensor, weight: float, eps: float) -> None:
         super().__init__(param, row, col, weight, eps, floor=False)
-        self.sums, self.bound = torch.zeros_like(self.col), None
+        self.sums = torch.zeros_like(self.col)
 
-    def add(self, squares: Tensor, place: tuple[slice, ...]) -> None:
+    def add(self, squares: Tensor, start: int) -> None:
         """Take in a block of squares. Rows are complete in it, columns are not."""
-        matrices, rows = place
-        self.row[matrices, rows] = torch.lerp(self.row[matrices, rows], squares.mean(-1) + self.added, self.weight)
-        self.sums[matrices] += squares.sum(-2)
+        matrix, row = divmod(start // self.m, self.n)
+        matrices = slice(matrix, matrix + len(squares))
+        self.row[matrices, row : row + squares.shape[1]].lerp_(squares.mean(-1, keepdim=True) + self.added, self.weight)
+        self.sums[matrices] += squares.sum(-2, keepdim=True)
 
     def finish(self, lr: float) -> None:
         """Make `update` return lr times the momentum over its instability."""
         self.col.lerp_(self.sums / self.n + self.added, self.weight)
-        self.row_scale = (self.row / self.row.mean(-1, keepdim=True)).rsqrt_().mul_(lr)
+        self.row_scale = (self.row / self.row.mean(1, keepdim=True)).rsqrt_().mul_(lr)
         self.col_scale = self.col.rsqrt()
 
 
