@@ -48,7 +48,7 @@ class Scratch:
 
     def like(self, block: Tensor) -> Sequence[Tensor]:
         """Return contiguous tensors of the block's shape, with any values."""
-        if self._tensors[0].shape != block.shape or self._tensors[0].device != block.device:
+        if self._tensors[0].shape != block.shape:
             self._tensors = [torch.empty(block.shape, device=block.device) for _ in self._tensors]
         return self._tensors
 

@@ -95,21 +95,22 @@ def combine(key, word):
 
 
 @triton.jit
-def stream_key(row_ptr, step, STREAM: tl.constexpr):
-    """Noise key of one write of this row's parameter at ``step`` (fp32, from 1), the twin of rounding.stream_key."""
-    key = combine(tl.load(row_ptr + 2).to(tl.uint32), step.to(tl.int32).to(tl.uint32))
+def stream_key(key, step, STREAM: tl.constexpr):
+    """Key of one write of a parameter at ``step`` (fp32, from 1), of its tensor_key; twin of rounding.stream_key."""
+    key = combine(key.to(tl.uint32), step.to(tl.int32).to(tl.uint32))
     return combine(key, tl.full((), STREAM, tl.uint32))
 
 
 @triton.jit
 def rounding_noise(key, start, lane):
-    """uint32 noise, 0 .. 65535, of elements start + lane, the twin of rounding.noise.
-
-    ``start`` is a multiple of a power of two above every lane, so that no carry passes from lane to start.
-    """
+    """uint32 noise, 0 .. 65535, of elements start + lane (int64 and int32, broadcast), the twin of rounding.noise."""
     start = tl.full((), 0, tl.int64) + start  # a loop counter is a Python number in the interpreter
-    pair = (start >> 1).to(tl.uint32) + (lane >> 1).to(tl.uint32)
-    word = mix32(pair ^ combine(key, (start >> 33).to(tl.uint32)))
+    lane += (start & 1).to(tl.int32)
+    low = (start >> 1).to(tl.uint32)
+    pair = low + (lane >> 1).to(tl.uint32)
+    high = (start >> 33).to(tl.uint32)
+    # the sum of 32 bits may wrap around, into the next value of the high word
+    word = mix32(pair ^ tl.where(pair < low, combine(key, high + 1), combine(key, high)))
     return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 

@@ -133,7 +133,21 @@ def _captured_tables(*contents: Any) -> tuple[Table, ...]:
 
 
 #: Tables recorded into CUDA graphs. They live as long as the process, since nothing tells when a graph is destroyed.
-_captured: list[tuple[Table, ...]] = []
+_captured: list[tuple[object, ...]] = []
+
+
+def device_vector(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return an int64 vector on ``device``, cached by its contents; one that a CUDA graph reads lives for ever."""
+    if not is_capturing(device):
+        return _cached_vector(values, device, stream_id(device))
+    captured = _copy(list(values), device)
+    _captured.append(captured)
+    return captured[0]
+
+
+@lru_cache(maxsize=256)
+def _cached_vector(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
+    return _copy(list(values), device)[0]
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:

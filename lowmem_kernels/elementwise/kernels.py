@@ -93,7 +93,8 @@ def _adamw_kernel(
         one_minus_beta2,
         eps,
     )
-    keys = (stream_key(row_ptr, step, 0), stream_key(row_ptr, step, 1), stream_key(row_ptr, step, 2))
+    key = tl.load(row_ptr + 2)
+    keys = (stream_key(key, step, 0), stream_key(key, step, 1), stream_key(key, step, 2))
     pointers = (p_ptr, g_ptr, m_ptr, v_ptr)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
 
@@ -153,7 +154,7 @@ def _scaled_update_kernel(
     start, end, vector_end, numel = tile_bounds(row_ptr, tl.program_id(0), TILE, ALIGNED)
 
     step = tl.load(step_ptr) + 1.0
-    key = stream_key(row_ptr, step, 0)
+    key = stream_key(tl.load(row_ptr + 2), step, 0)
     rate = scalar_or(lr, 0.0)
     decay = rate * weight_decay
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))

@@ -75,7 +75,7 @@ def adamw_(
     beta1, beta2 = betas
     _launch_update(
         _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), transform, rounding,
-        lr=_device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
+        lr=device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
         # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
         STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else None,
@@ -95,7 +95,7 @@ def scaled_update_(
     """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
     _launch_update(
         _scaled_update_kernel, (params, grads, steps), transform, rounding,
-        lr=_device_scalar(lr), weight_decay=float(weight_decay),
+        lr=device_scalar(lr), weight_decay=float(weight_decay),
     )  # fmt: skip
 
 
@@ -143,7 +143,7 @@ def _launch_update(
     torch.autograd.graph.increment_version(params)
 
 
-def _device_scalar(value: float | Tensor) -> float | Tensor:
+def device_scalar(value: float | Tensor) -> float | Tensor:
     """A scalar on the device as it is; a number, or a tensor on the host, as a float: an int would be a new kernel."""
     return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 

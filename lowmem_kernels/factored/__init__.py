@@ -135,7 +135,8 @@ def confidence_update_(
 
     Raises: as `factored_update_`.
 
-    Source: Luo et al., "CAME: Confidence-guided Adaptive Memory Efficient Optimization" (arXiv 2307.02047), algorithm 2.
+    Source: Luo et al., "CAME: Confidence-guided Adaptive Memory Efficient Optimization" (arXiv 2307.02047),
+    algorithm 2.
     """
     check_confidence(params, grads, exp_avgs, rows, cols, res_rows, res_cols, steps)
     implementation(__name__, backend, (*params[:1], *grads[:1])).confidence_update_(

@@ -23,7 +23,7 @@ def check_factored(
     param_sums: Sequence[Tensor] | None,
     rule: FactoredRule,
 ) -> None:
-    """Raise ValueError or TypeError, naming the argument, the value and what is allowed, when something does not fit."""
+    """Raise ValueError or TypeError, naming the argument, the value and what is allowed, where these do not fit."""
     if rule.lr_schedule not in LR_SCHEDULES:
         allowed = ", ".join(map(repr, LR_SCHEDULES))
         raise ValueError(f"rule.lr_schedule is {rule.lr_schedule!r}; allowed: {allowed}")

@@ -48,6 +48,10 @@ class Moment(Protocol):
         """
         ...
 
+    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
+        """Return the sum of the squares of a tensor of the parameter's shape."""
+        ...
+
     def scale(self, factor: float) -> None:
         """Make `update` return ``factor`` times as much."""
         ...
@@ -90,7 +94,7 @@ class FactoredMoment:
             g, unscaled = cut.read_gradient(block, transform, q)
             if transform.clip_value is not None and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
-            torch.mul(g, g, out=q)
+            torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
             torch.sum(q, -1, keepdim=True, out=row_sum)
             row.add_(row_sum, alpha=self.weight / self.m)
             torch.div(unit, row.clamp(min=_SMALLEST), out=inverse)
@@ -117,7 +121,7 @@ class FactoredMoment:
         for _, part, (block,) in self.blocks(grad):
             out = scratch.like(block)[0]
             x, y = self.update(cut.read_gradient(block, transform, out)[0], part, out)
-            total += x.mul_(y).square_().sum().item()
+            total += x.mul_(y).square_().sum((1, 2)).double().sum().item()
         return total
 
     def update(self, g: Tensor, part: Part, out: Tensor) -> tuple[Tensor, Tensor]:
@@ -125,6 +129,16 @@ class FactoredMoment:
         if self.bound is not None:
             return (row_scale * col_scale).clamp_(max=self.bound), g
         return torch.mul(g, col_scale, out=out), row_scale
+
+    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
+        total = 0.0
+        for _, _, (block,) in self.blocks(tensor):
+            x = block if block.dtype == torch.float32 and block.is_contiguous() else scratch.like(block)[0].copy_(block)
+            if 2 * self.n * self.m > cut.BLOCK:
+                total += torch.dot(x.view(-1), x.view(-1)).item()
+            else:  # each matrix for itself: how many lie in a block may depend on strides
+                total += x.square().sum((1, 2)).double().sum().item()
+        return total
 
     def scale(self, factor: float) -> None:
         self.row_scale *= factor
@@ -160,6 +174,9 @@ class FullMoment:
             total += 0.0 * moment.amax().item()  # Inf would make an update of 0
             total += self._inverse_root(moment).mul_(g).square_().sum().item()
         return total
+
+    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
+        return sum(block.float().square().sum().item() for _, _, (block,) in self.blocks(tensor))
 
     def _moved(self, moment: Tensor, g: Tensor) -> Tensor:
         return torch.lerp(moment, (g * g).add_(self.added), self.weight)

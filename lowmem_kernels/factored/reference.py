@@ -37,7 +37,7 @@ def factored_update_(
         param = params[i]
         rate = {"constant": lr, "rsqrt": min(lr, step**-0.5), "warmup": min(lr * step, step**-0.5)}[rule.lr_schedule]
         if rule.scale_parameter:
-            rate *= max(rule.eps[1], _rms(param, moment, scratch))
+            rate *= max(rule.eps[1], math.sqrt(moment.squares(param, scratch) / param.numel()))
         decay = weight_decay * (rate if rule.scale_decay else lr)
         one = steps[i].new_ones(())
         moment.scale(rate)
@@ -170,11 +170,3 @@ def _subtract(
     else:
         value.addcmul_(x, y, value=-1)
     store_(p, value, stochastic, key, start)
-
-
-def _rms(param: Tensor, moment: Moment, scratch: Scratch) -> float:
-    squares = 0.0
-    for _, _, (block,) in moment.blocks(param):
-        values = as_fp32(block, scratch.like(block)[0]).reshape(-1)
-        squares += torch.dot(values, values).item()
-    return math.sqrt(squares / param.numel())

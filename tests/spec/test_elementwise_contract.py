@@ -78,7 +78,7 @@ WRONG_STATES = {
     "m_strided": (
         replaced("exp_avgs", 0, lambda t: t.t().contiguous().t()),
         ValueError,
-        r"exp_avgs[0] is not contiguous; allowed: contiguous tensors",
+        r"exp_avgs\[0\] is not contiguous; allowed: contiguous tensors",
     ),
 }
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for every target, without spills, with 16-byte accesses and 64-bit addresses."""
+"""Elementwise kernels compile for every target, without spills, with 16-byte accesses and 64-bit addresses."""
 
 import re
 from functools import cache
@@ -9,7 +9,10 @@ from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
 
 CASES = {
-    (target, case.name): case for target, gpu in TARGETS.items() for case in compile_cases(warp_size=gpu.warp_size)
+    (target, case.name): case
+    for target, gpu in TARGETS.items()
+    for case in compile_cases(warp_size=gpu.warp_size)
+    if not case.name.startswith(("adafactor", "came"))
 }
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 

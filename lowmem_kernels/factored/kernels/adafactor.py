@@ -1,0 +1,189 @@
+"""Adafactor: the phase that writes the parameters, and the kernel."""
+
+import triton
+import triton.language as tl
+
+from ...fragments import is_last_program, lerp, rounded, scalar_or, stream_key
+from .constants import (
+    APPLY,
+    COL_COLUMN,
+    COLUMNS_SIZE,
+    COUNTERS_SIZE,
+    DECAY,
+    EXP_AVG_COLUMN,
+    FELT,
+    FIELDS_SIZE,
+    FLOOR,
+    FLOOR_DONE,
+    FULL,
+    G_COLUMN,
+    GROUPS,
+    KEY,
+    LOOK_COLUMNS,
+    NEW_COL,
+    NEW_PARAM_SUM,
+    NEW_ROW,
+    OK,
+    P_COLUMN,
+    PARAM_SUM,
+    PARAM_SUM_COLUMN,
+    ROW_COLUMN,
+    ROW_MEAN,
+    SCALARS_START,
+    STEP_COLUMN,
+    STEP_SIZE,
+    TICKETS,
+    UPDATE_SUM,
+    USED_SUM,
+)
+from .look import end_step, finish, floor_tile, look_and_columns
+from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, weight_of
+from .walk import (
+    address,
+    by_fours,
+    field,
+    field32,
+    find_segment,
+    matrices_of,
+    matrix,
+    offsets,
+    rows_of,
+    scratch,
+    sum_of,
+    tile,
+    widths,
+)
+
+
+@triton.jit
+def _apply_tile(
+    at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1,
+    PARAM: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, MOMENTUM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Second look at a ticket's rows. Writes p, m, R or V, and in the first group of a matrix C."""
+    p_ptr, g_ptr, row_ptr, col_ptr, m_ptr = pointers
+    key_p, key_m = keys
+    _unused, eps = moments
+    step_size = tl.load(scratch(at, SCALARS_START) + STEP_SIZE, cache_modifier=".cg")
+    decay = tl.load(scratch(at, SCALARS_START) + DECAY, cache_modifier=".cg")
+    full = field(at, FULL)
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    first, end = matrices_of(at, ticket, GROUPS)
+    _group, first_row, end_row = rows_of(at, ticket)
+    old_squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    new_squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    for i in range(first, end):
+        e = tl.full((), 0, tl.int32) + i
+        start = e.to(tl.int64) * size
+        e_p_ptr = matrix(at, p_ptr, e, size, 0, STRIDED)
+        e_g_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+            if full == 0:
+                rows = row + tl.arange(0, BLOCK_ROWS)
+                r, row_scale = row_scales(at, e, rows, NEW_ROW, ROW_MEAN)
+                tl.store(row_ptr + e.to(tl.int64) * n + rows, r, mask=rows < n)
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                index = offsets(at, rows, cols, m, 2, STRIDED)
+                g_ptrs = e_g_ptr + offsets(at, rows, cols, m, 1, STRIDED)
+                p_ptrs = e_p_ptr + offsets(at, rows, cols, m, 0, STRIDED)
+                g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
+                p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
+                if full == 1:
+                    v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, EPS_FLOOR)
+                    tl.store(row_ptr + index, v, mask=mask)
+                else:
+                    c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                    tl.store(col_ptr + e.to(tl.int64) * m + cols, c, mask=(cols < m) & (row == 0))
+                    scale = factored_scale(row_scale, col_scale, eps, EPS_FLOOR)
+                update = step_size * (g * scale)
+                row_starts = start + rows.to(tl.int64)[:, None] * m
+                if MOMENTUM:
+                    m_ptrs = m_ptr + start + index
+                    old_m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
+                    update = lerp(old_m, update, one_minus_beta1)
+                    tl.store(m_ptrs, rounded(update, key_m, row_starts, cols[None, :], STATE, STOCHASTIC), mask=mask)
+                new_p = rounded(p - (update + decay * p), key_p, row_starts, cols[None, :], PARAM, STOCHASTIC)
+                tl.store(p_ptrs, new_p, mask=mask)
+                if param_sum_ptr is not None:
+                    old_squares += by_fours(p * p)
+                    # outside the mask all of it is 0
+                    stored = new_p.to(tl.float32)
+                    new_squares += by_fours(stored * stored)
+    if param_sum_ptr is not None:
+        tl.store(scratch(at, PARAM_SUM) + ticket, tl.sum(old_squares))
+        tl.store(scratch(at, NEW_PARAM_SUM) + ticket, tl.sum(new_squares))
+
+
+@triton.jit(do_not_specialize=["rows_start", "segment", "segments", "ticket"])
+def _factored_kernel(
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf, rows_start, segment, segments, ticket,
+    lr, weight_decay, beta2_weight, decay_rate, eps1, eps2, clip_threshold, one_minus_beta1,
+    scale, inv_scale, clip_value, clip_coef,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, SCHEDULE: tl.constexpr,
+    SCALE_PARAMETER: tl.constexpr, SCALE_DECAY: tl.constexpr, MOMENTUM: tl.constexpr, CARRY: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Adafactor. One program owns one ticket and writes what the tile function of its phase says.
+
+    The last program of a parameter's apply phase advances its step and leaves the sum of p² for the next one.
+    """
+    if scalar_or(found_inf, 0.0) != 0.0:
+        return
+    ticket, k, phase = find_segment(table_ptr, segment, segment + segments, ticket + tl.program_id(0))
+    row_ptr = table_ptr + rows_start + k.to(tl.int64) * FIELDS_SIZE
+    address_ptr = addresses_ptr + k.to(tl.int64) * COLUMNS_SIZE
+    counter_ptr = counters_ptr + k * COUNTERS_SIZE
+    at = (table_ptr, row_ptr, scratch_ptr)
+    param_sum_ptr = address(address_ptr, PARAM_SUM_COLUMN, tl.float32, False) if CARRY else None
+
+    step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
+    moments = (weight_of(step, beta2_weight, decay_rate), eps1)
+    hyper = (scalar_or(lr, 0.0), weight_decay, clip_threshold, eps2)
+    gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
+    g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
+    if phase <= LOOK_COLUMNS:
+        look_and_columns(
+            at, phase, ticket, counter_ptr, address_ptr, param_sum_ptr, step, gradient, moments, hyper,
+            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY,
+            BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+    if EPS_FLOOR:
+        if phase == FLOOR:
+            if tl.load(scratch(at, SCALARS_START) + FELT, cache_modifier=".cg") != 0.0:
+                floor_tile(at, ticket, g_ptr, gradient, eps1, ALIGNED, STRIDED, SKIP_NONFINITE, BLOCK_ROWS, BLOCK_COLS)
+                if is_last_program(counter_ptr + FLOOR_DONE, field32(at, TICKETS)):
+                    squares = sum_of(scratch(at, UPDATE_SUM), field32(at, TICKETS))
+                    finish(
+                        at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE
+                    )
+    if phase == APPLY:
+        ok = tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0
+        if ok:
+            pointers = (
+                address(address_ptr, P_COLUMN, PARAM, ALIGNED),
+                g_ptr,
+                address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED),
+                address(address_ptr, COL_COLUMN, tl.float32, False),
+                address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED),
+            )
+            key = field(at, KEY)
+            keys = (stream_key(key, step, 0), stream_key(key, step, 1))
+            _apply_tile(
+                at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1,
+                PARAM, STATE, ALIGNED, STRIDED, STOCHASTIC, SKIP_NONFINITE, EPS_FLOOR, MOMENTUM, BLOCK_ROWS, BLOCK_COLS,
+            )  # fmt: skip
+        last = end_step(at, counter_ptr, address_ptr, step, skipped_ptr)
+        if CARRY:
+            if last & ok:
+                tickets = field32(at, TICKETS)
+                # p as it was has been summed again: whoever changed it unseen has changed its sum
+                seen = sum_of(scratch(at, PARAM_SUM), tickets) == tl.load(scratch(at, SCALARS_START) + USED_SUM)
+                new_sum = sum_of(scratch(at, NEW_PARAM_SUM), tickets)
+                tl.store(param_sum_ptr, tl.where(seen, new_sum, float("nan")))

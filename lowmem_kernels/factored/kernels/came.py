@@ -1,0 +1,245 @@
+"""CAME: the phases of the residual, the one that writes the parameters, and the kernel."""
+
+import triton
+import triton.language as tl
+
+from ...fragments import lerp, rounded, scalar_or, stream_key
+from .constants import (
+    APPLY,
+    COL_COLUMN,
+    COLUMNS_SIZE,
+    COUNTERS_SIZE,
+    EXP_AVG_COLUMN,
+    FIELDS_SIZE,
+    FULL,
+    G_COLUMN,
+    GROUPS,
+    KEY,
+    LOOK_COLUMNS,
+    NEW_COL,
+    NEW_ROW,
+    OK,
+    P_COLUMN,
+    PARTIAL,
+    RES_COL,
+    RES_COL_COLUMN,
+    RES_MEAN,
+    RES_ROW,
+    RES_ROW_COLUMN,
+    RESIDUAL,
+    RESIDUAL_COLUMNS,
+    ROW_COLUMN,
+    ROW_MEAN,
+    ROW_SUM,
+    SCALARS_START,
+    SLAB,
+    SLAB_TICKETS,
+    SLAB_WIDTH,
+    STEP_COLUMN,
+    STEP_SIZE,
+    M,
+    N,
+)
+from .look import end_step, look_and_columns
+from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales
+from .walk import (
+    address,
+    by_fours,
+    field,
+    field32,
+    find_segment,
+    matrices_of,
+    matrix,
+    offsets,
+    rows_of,
+    scratch,
+    sum_groups,
+    sum_of,
+    tile,
+    widths,
+)
+
+
+@triton.jit
+def _residual_tile(
+    at, ticket, pointers, key, gradient, moments, weight1, weight3, eps2,
+    STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """CAME's middle look. Writes m (and V), the new Rs, and over the group its sum and the column sums of (u - m)²."""
+    g_ptr, row_ptr, m_ptr, res_row_ptr = pointers
+    clip = tl.load(scratch(at, SCALARS_START) + STEP_SIZE, cache_modifier=".cg")
+    full = field32(at, FULL)
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    first, end = matrices_of(at, ticket, GROUPS)
+    group, first_row, end_row = rows_of(at, ticket)
+    for i in range(first, end):
+        e = tl.full((), 0, tl.int32) + i
+        start = e.to(tl.int64) * size
+        e_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
+        e_group = e.to(tl.int64) * field(at, GROUPS) + group
+        partial_ptr = scratch(at, PARTIAL) + e_group * 2 * m
+        sum_rs = 0.0
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+            row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+            if full == 0:
+                _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN)
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                index = offsets(at, rows, cols, m, 2, STRIDED)
+                g_ptrs = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
+                g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
+                if full == 1:
+                    v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, False)
+                    tl.store(row_ptr + index, v, mask=mask)
+                else:
+                    _c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                    scale = factored_scale(row_scale, col_scale, 0.0, False)
+                u = clip * (g * scale)
+                old_m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
+                new_m = lerp(old_m, u, weight1)
+                row_starts = start + rows.to(tl.int64)[:, None] * m
+                stored = rounded(new_m, key, row_starts, cols[None, :], STATE, STOCHASTIC)
+                tl.store(m_ptr + start + index, stored, mask=mask)
+                s = (u - new_m) * (u - new_m)  # outside the mask all of it is 0
+                squares += by_fours(s)
+                if full == 0:
+                    earlier = tl.load(partial_ptr + cols, mask=(cols < m) & (row > first_row), other=0.0)
+                    tl.store(partial_ptr + cols, earlier + tl.sum(s, 0), mask=cols < m)
+            if full == 0:
+                rows = row + tl.arange(0, BLOCK_ROWS)
+                old_rs = tl.load(res_row_ptr + e.to(tl.int64) * n + rows, mask=rows < n, other=0.0)
+                rs = lerp(old_rs, tl.sum(squares, 1) / m + eps2, weight3)
+                tl.store(scratch(at, RES_ROW) + e.to(tl.int64) * n + rows, rs, mask=rows < n)
+                sum_rs += tl.sum(tl.where(rows < n, rs, 0.0))
+                # another thread may read the column sums for the next rows
+                tl.debug_barrier()
+        tl.store(scratch(at, ROW_SUM) + e_group, sum_rs)
+
+
+@triton.jit
+def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
+    """A slab of columns of CAME's residual, or some small matrices. Writes the new Cs and mean(Rs)."""
+    n = field32(at, N)
+    m = field32(at, M)
+    groups = field32(at, GROUPS)
+    first, end = matrices_of(at, ticket, SLAB_TICKETS)
+    first_col = (ticket % field32(at, SLAB_TICKETS)) * field32(at, SLAB_WIDTH)
+    end_col = tl.minimum(first_col + field32(at, SLAB_WIDTH), m)
+    for i in range(first, end):
+        e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
+        if first_col == 0:
+            tl.store(scratch(at, RES_MEAN) + e, sum_of(scratch(at, ROW_SUM) + e * groups, groups) / n)
+        partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
+        for col in range(first_col, end_col, SLAB):
+            cols = col + tl.arange(0, SLAB)
+            sum_s = sum_groups(partial_ptr, groups, 2 * m, cols, m)
+            old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
+            tl.store(scratch(at, RES_COL) + e * m + cols, lerp(old_c, sum_s / n + eps2, weight3), mask=cols < m)
+
+
+@triton.jit
+def _confident_tile(
+    at, ticket, pointers, key, lr, decay,
+    PARAM: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """CAME's last look, at m. Writes p and the four factors."""
+    p_ptr, row_ptr, col_ptr, m_ptr, res_row_ptr, res_col_ptr = pointers
+    full = field32(at, FULL)
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    first, end = matrices_of(at, ticket, GROUPS)
+    _group, first_row, end_row = rows_of(at, ticket)
+    for i in range(first, end):
+        e = tl.full((), 0, tl.int32) + i
+        start = e.to(tl.int64) * size
+        e_ptr = matrix(at, p_ptr, e, size, 0, STRIDED)
+        e_n = e.to(tl.int64) * n
+        e_m = e.to(tl.int64) * m
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
+            if full == 0:
+                rows = row + tl.arange(0, BLOCK_ROWS)
+                rs, row_scale = row_scales(at, e, rows, RES_ROW, RES_MEAN)
+                r = tl.load(scratch(at, NEW_ROW) + e_n + rows, mask=rows < n, other=0.0)
+                tl.store(res_row_ptr + e_n + rows, rs, mask=rows < n)
+                tl.store(row_ptr + e_n + rows, r, mask=rows < n)
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                index = offsets(at, rows, cols, m, 2, STRIDED)
+                p_ptrs = e_ptr + offsets(at, rows, cols, m, 0, STRIDED)
+                p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
+                update = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
+                if full == 0:
+                    cs, col_scale = col_scales(at, e, cols, m, RES_COL)
+                    c = tl.load(scratch(at, NEW_COL) + e_m + cols, mask=cols < m, other=0.0)
+                    first_row_only = (cols < m) & (row == 0)
+                    tl.store(res_col_ptr + e_m + cols, cs, mask=first_row_only)
+                    tl.store(col_ptr + e_m + cols, c, mask=first_row_only)
+                    update *= factored_scale(row_scale, col_scale, 0.0, False)
+                row_starts = start + rows.to(tl.int64)[:, None] * m
+                new_p = rounded(p - (lr * update + decay * p), key, row_starts, cols[None, :], PARAM, STOCHASTIC)
+                tl.store(p_ptrs, new_p, mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows_start", "segment", "segments", "ticket"])
+def _confidence_kernel(
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf, rows_start, segment, segments, ticket,
+    lr, weight_decay, one_minus_beta1, one_minus_beta2, one_minus_beta3, eps1, eps2, clip_threshold,
+    scale, inv_scale, clip_value, clip_coef,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """CAME. One program owns one ticket and writes what the tile function of its phase says.
+
+    The last program of a parameter's apply phase advances its step.
+    """
+    if scalar_or(found_inf, 0.0) != 0.0:
+        return
+    ticket, k, phase = find_segment(table_ptr, segment, segment + segments, ticket + tl.program_id(0))
+    row_ptr = table_ptr + rows_start + k.to(tl.int64) * FIELDS_SIZE
+    address_ptr = addresses_ptr + k.to(tl.int64) * COLUMNS_SIZE
+    counter_ptr = counters_ptr + k * COUNTERS_SIZE
+    at = (table_ptr, row_ptr, scratch_ptr)
+
+    step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
+    moments = (one_minus_beta2, eps1)
+    gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
+    rate = scalar_or(lr, 0.0)
+    row_factor_ptr = address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
+    m_ptr = address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED)
+    res_row_ptr = address(address_ptr, RES_ROW_COLUMN, tl.float32, False)
+    res_col_ptr = address(address_ptr, RES_COL_COLUMN, tl.float32, False)
+    if phase <= LOOK_COLUMNS:
+        # the step size is then the clip alone
+        look_and_columns(
+            at, phase, ticket, counter_ptr, address_ptr, None, step, gradient, moments, (1.0, 0.0, clip_threshold, 0.0),
+            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, False, "constant", False, False, BLOCK_ROWS, BLOCK_COLS,
+        )  # fmt: skip
+    else:
+        ok = tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0
+        if ok:
+            if phase == RESIDUAL:
+                pointers = (address(address_ptr, G_COLUMN, GRAD, ALIGNED), row_factor_ptr, m_ptr, res_row_ptr)
+                _residual_tile(
+                    at, ticket, pointers, stream_key(field(at, KEY), step, 1), gradient, moments,
+                    one_minus_beta1, one_minus_beta3, eps2,
+                    STATE, ALIGNED, STRIDED, STOCHASTIC, SKIP_NONFINITE, BLOCK_ROWS, BLOCK_COLS,
+                )  # fmt: skip
+            if phase == RESIDUAL_COLUMNS:
+                residual_columns_tile(at, ticket, res_col_ptr, one_minus_beta3, eps2)
+            if phase == APPLY:
+                col_ptr = address(address_ptr, COL_COLUMN, tl.float32, False)
+                p_ptr = address(address_ptr, P_COLUMN, PARAM, ALIGNED)
+                pointers = (p_ptr, row_factor_ptr, col_ptr, m_ptr, res_row_ptr, res_col_ptr)
+                _confident_tile(
+                    at, ticket, pointers, stream_key(field(at, KEY), step, 0), rate, rate * weight_decay,
+                    PARAM, ALIGNED, STRIDED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLS,
+                )  # fmt: skip
+        if phase == APPLY:
+            end_step(at, counter_ptr, address_ptr, step, skipped_ptr)

@@ -1,0 +1,330 @@
+"""The phases that all rules begin with: the sums over g, then the column factor and the scalars; and the end."""
+
+import triton
+import triton.language as tl
+
+from ...fragments import count_skipped, is_finite, is_last_program, lerp
+from .constants import (
+    APPLY_DONE,
+    COL_COLUMN,
+    COL_TICKETS,
+    COLUMNS_DONE,
+    DECAY,
+    FELT,
+    FLOORED,
+    FULL,
+    G_COLUMN,
+    GROUPS,
+    LOOK,
+    LOOK_COLUMNS,
+    NEW_COL,
+    NEW_ROW,
+    NUMEL,
+    OK,
+    P_COLUMN,
+    PARAM_SUM,
+    PARTIAL,
+    ROW_COLUMN,
+    ROW_MEAN,
+    ROW_MIN,
+    ROW_SUM,
+    SCALARS_START,
+    SLAB,
+    SLAB_TICKETS,
+    SLAB_WIDTH,
+    STEP_COLUMN,
+    STEP_SIZE,
+    TICKETS,
+    UPDATE_SUM,
+    UPDATE_SUMS,
+    USED_SUM,
+    M,
+    N,
+)
+from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales
+from .walk import (
+    address,
+    by_fours,
+    field,
+    field32,
+    matrices_of,
+    matrix,
+    min_of,
+    offsets,
+    rows_of,
+    scratch,
+    sum_groups,
+    sum_of,
+    tile,
+    widths,
+)
+
+
+@triton.jit
+def sum_squares_tile(
+    at, ticket, x_ptr, OPERAND: tl.constexpr,
+    ALIGNED: tl.constexpr, STRIDED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Sum of squares of a ticket's elements, added tile by tile as the apply phase does."""
+    first, end = matrices_of(at, ticket, GROUPS)
+    _group, first_row, end_row = rows_of(at, ticket)
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    for e in range(first, end):
+        e_ptr = matrix(at, x_ptr, tl.full((), 0, tl.int32) + e, size, OPERAND, STRIDED)
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                x_ptrs = e_ptr + offsets(at, rows, cols, m, OPERAND, STRIDED)
+                x = tl.load(x_ptrs, mask=mask, other=0.0).to(tl.float32)
+                squares += by_fours(x * x)
+    return tl.sum(squares)
+
+
+@triton.jit
+def look_full_tile(
+    at, ticket, g_ptr, v_ptr, gradient, moments,
+    ALIGNED: tl.constexpr, STRIDED: tl.constexpr, SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """First look at a group of a parameter whose moment is kept in full. Writes its sum of u²; V stays."""
+    _group, first_row, end_row = rows_of(at, ticket)
+    width = widths(at, ALIGNED)
+    _n, m, _last = width
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    for row in range(first_row, end_row, BLOCK_ROWS):
+        rows, cols, mask = tile(row, 0, width, BLOCK_ROWS, BLOCK_COLS)
+        g = load_gradient(g_ptr + offsets(at, rows, cols, m, 1, STRIDED), mask, gradient, SKIP_NONFINITE)
+        v = tl.load(v_ptr + offsets(at, rows, cols, m, 2, STRIDED), mask=mask, other=1.0)
+        _new_v, scale = full_moment(v, g, moments, EPS_FLOOR)
+        u = g * scale
+        squares += by_fours(u * u)
+    tl.store(scratch(at, UPDATE_SUM) + ticket, tl.sum(squares))
+
+
+@triton.jit
+def look_factored_tile(
+    at, ticket, g_ptr, row_ptr, gradient, moments,
+    ALIGNED: tl.constexpr, STRIDED: tl.constexpr, SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """First look at a group of rows. Writes their new R, and over the group: its sum, the column sums of g² and g²/R.
+
+    The rows of a block are swept twice, since g²/R needs the whole row; the second time they come from a cache.
+    """
+    weight, eps = moments
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    first, end = matrices_of(at, ticket, GROUPS)
+    group, first_row, end_row = rows_of(at, ticket)
+    for i in range(first, end):
+        e = tl.full((), 0, tl.int32) + i  # a loop counter is a Python number in the interpreter
+        e_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
+        e_group = e.to(tl.int64) * field(at, GROUPS) + group
+        partial_ptr = scratch(at, PARTIAL) + e_group * 2 * m
+        sum_r = 0.0
+        min_r = float("inf")
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                pointers = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
+                g = load_gradient(pointers, mask, gradient, SKIP_NONFINITE)
+                squares += by_fours(g * g)
+            rows = row + tl.arange(0, BLOCK_ROWS)
+            mean = tl.sum(squares, 1) / m
+            old_r = tl.load(row_ptr + e.to(tl.int64) * n + rows, mask=rows < n, other=0.0)
+            if EPS_FLOOR:
+                r = lerp(old_r, mean, weight)
+                min_r = tl.minimum(min_r, tl.min(tl.where((rows < n) & (mean > 0.0), r, float("inf"))))
+            else:
+                r = lerp(old_r, mean + eps, weight)
+            tl.store(scratch(at, NEW_ROW) + e.to(tl.int64) * n + rows, r, mask=rows < n)
+            sum_r += tl.sum(tl.where(rows < n, r, 0.0))
+            inverse = tl.where(r > 0.0, 1.0 / r, tl.where(r == 0.0, 0.0, r))
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                pointers = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
+                g = load_gradient(pointers, mask, gradient, SKIP_NONFINITE)
+                q = g * g
+                # of the group's earlier rows
+                earlier = (cols < m) & (row > first_row)
+                sum_q = tl.load(partial_ptr + cols, mask=earlier, other=0.0)
+                weighted = tl.load(partial_ptr + m + cols, mask=earlier, other=0.0)
+                tl.store(partial_ptr + cols, sum_q + tl.sum(q, 0), mask=cols < m)
+                tl.store(partial_ptr + m + cols, weighted + tl.sum(q * inverse[:, None], 0), mask=cols < m)
+            # another thread may read these sums for the next rows
+            tl.debug_barrier()
+        tl.store(scratch(at, ROW_SUM) + e_group, sum_r)
+        if EPS_FLOOR:
+            tl.store(scratch(at, ROW_MIN) + e_group, min_r)
+
+
+@triton.jit
+def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
+    """A slab of columns, or some small matrices. Writes the new C, mean(R), and the slab's share of the sum of u².
+
+    sum_ij u² = mean(R) sum_j (sum_i g²/R_i) / C_j
+    """
+    weight, eps = moments
+    n = field32(at, N)
+    m = field32(at, M)
+    groups = field32(at, GROUPS)
+    first, end = matrices_of(at, ticket, SLAB_TICKETS)
+    first_col = (ticket % field32(at, SLAB_TICKETS)) * field32(at, SLAB_WIDTH)
+    end_col = tl.minimum(first_col + field32(at, SLAB_WIDTH), m)
+    squares = 0.0
+    floored = 0.0
+    for i in range(first, end):
+        e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
+        mean_r = sum_of(scratch(at, ROW_SUM) + e * groups, groups) / n
+        if EPS_FLOOR:
+            mean_r = tl.maximum(mean_r, eps, propagate_nan=tl.PropagateNan.ALL)
+            min_r = min_of(scratch(at, ROW_MIN) + e * groups, groups)
+        if first_col == 0:
+            tl.store(scratch(at, ROW_MEAN) + e, mean_r)
+        partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
+        for col in range(first_col, end_col, SLAB):
+            cols = col + tl.arange(0, SLAB)
+            sum_q = sum_groups(partial_ptr, groups, 2 * m, cols, m)
+            weighted = sum_groups(partial_ptr + m, groups, 2 * m, cols, m)
+            old_c = tl.load(col_ptr + e * m + cols, mask=cols < m, other=0.0)
+            if EPS_FLOOR:
+                c = lerp(old_c, sum_q / n, weight)
+                min_c = tl.min(tl.where((cols < m) & (sum_q > 0.0), c, float("inf")))
+                floored = tl.where(min_r / mean_r * min_c < eps * eps, 1.0, floored)
+            else:
+                c = lerp(old_c, sum_q / n + eps, weight)
+            tl.store(scratch(at, NEW_COL) + e * m + cols, c, mask=cols < m)
+            share = tl.where(c > 0.0, mean_r * weighted / c, tl.where(c == 0.0, 0.0, c))
+            squares += tl.sum(tl.where(cols < m, share, 0.0))
+    tl.store(scratch(at, UPDATE_SUM) + ticket, squares)
+    if EPS_FLOOR:
+        tl.store(scratch(at, FLOORED) + ticket, floored)
+
+
+@triton.jit
+def floor_tile(
+    at, ticket, g_ptr, gradient, eps,
+    ALIGNED: tl.constexpr, STRIDED: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """Another look at g where the floor under V is felt, since then the column sums do not tell the sum of u²."""
+    first, end = matrices_of(at, ticket, GROUPS)
+    _group, first_row, end_row = rows_of(at, ticket)
+    width = widths(at, ALIGNED)
+    n, m, _last = width
+    size = n.to(tl.int64) * m
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    for i in range(first, end):
+        e = tl.full((), 0, tl.int32) + i
+        e_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
+        for row in range(first_row, end_row, BLOCK_ROWS):
+            _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN)
+            for col in range(0, m, BLOCK_COLS):
+                rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
+                _c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                g_ptrs = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
+                g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
+                u = g * factored_scale(row_scale, col_scale, eps, True)
+                squares += by_fours(u * u)
+    tl.store(scratch(at, UPDATE_SUM) + ticket, tl.sum(squares))
+
+
+@triton.jit
+def carried_sum(param_sum_ptr):
+    """The sum of p² that an earlier step left, NaN where there is none."""
+    if param_sum_ptr is None:
+        return tl.full((), float("nan"), tl.float32)
+    else:
+        return tl.load(param_sum_ptr)
+
+
+@triton.jit
+def finish(
+    at, squares, step, param_sum_ptr, hyper,
+    SCHEDULE: tl.constexpr, SCALE_PARAMETER: tl.constexpr, SCALE_DECAY: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+):  # fmt: skip
+    """From the sum of u², write the parameter's scalars."""
+    lr, weight_decay, clip_threshold, eps2 = hyper
+    numel = tl.maximum(field(at, NUMEL), 1).to(tl.float32)
+    rate = lr
+    if SCHEDULE == "rsqrt":
+        rate = tl.minimum(lr, tl.rsqrt(step))
+    if SCHEDULE == "warmup":
+        rate = tl.minimum(lr * step, tl.rsqrt(step))
+    if SCALE_PARAMETER:
+        used_sum = carried_sum(param_sum_ptr)
+        if used_sum != used_sum:
+            used_sum = sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS))
+        tl.store(scratch(at, SCALARS_START) + USED_SUM, used_sum)
+        rate *= tl.maximum(eps2, tl.sqrt(used_sum / numel))
+    if SCALE_DECAY:
+        decay = rate * weight_decay
+    else:
+        decay = lr * weight_decay
+    step_size = rate / tl.maximum(1.0, tl.sqrt(squares / numel) / clip_threshold, propagate_nan=tl.PropagateNan.ALL)
+    scalars_ptr = scratch(at, SCALARS_START)
+    tl.store(scalars_ptr + STEP_SIZE, step_size)
+    tl.store(scalars_ptr + DECAY, decay)
+    if SKIP_NONFINITE:
+        tl.store(scalars_ptr + OK, tl.where(is_finite(squares), 1.0, 0.0))
+    else:
+        tl.store(scalars_ptr + OK, 1.0)
+
+
+@triton.jit
+def look_and_columns(
+    at, phase, ticket, counter_ptr, address_ptr, param_sum_ptr, step, gradient, moments, hyper,
+    PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, SCHEDULE: tl.constexpr, SCALE_PARAMETER: tl.constexpr,
+    SCALE_DECAY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+):  # fmt: skip
+    """The two phases that all rules begin with: the sums over g, then the column factor and the scalars."""
+    g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
+    row_ptr = address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
+    if phase == LOOK:
+        if SCALE_PARAMETER:
+            carried = carried_sum(param_sum_ptr)
+            if carried != carried:
+                p_ptr = address(address_ptr, P_COLUMN, PARAM, ALIGNED)
+                squares = sum_squares_tile(at, ticket, p_ptr, 0, ALIGNED, STRIDED, BLOCK_ROWS, BLOCK_COLS)
+                tl.store(scratch(at, PARAM_SUM) + ticket, squares)
+        if field(at, FULL) == 1:
+            look_full_tile(
+                at, ticket, g_ptr, row_ptr, gradient, moments,
+                ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, BLOCK_ROWS, BLOCK_COLS,
+            )  # fmt: skip
+        else:
+            look_factored_tile(
+                at, ticket, g_ptr, row_ptr, gradient, moments,
+                ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, BLOCK_ROWS, BLOCK_COLS,
+            )  # fmt: skip
+    if phase == LOOK_COLUMNS:
+        if field(at, FULL) == 0:
+            col_ptr = address(address_ptr, COL_COLUMN, tl.float32, False)
+            columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR)
+        # the last slab of a parameter has all sums of u²
+        if is_last_program(counter_ptr + COLUMNS_DONE, field32(at, COL_TICKETS)):
+            squares = sum_of(scratch(at, UPDATE_SUM), field32(at, UPDATE_SUMS))
+            finish(at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE)
+            if EPS_FLOOR:
+                felt = 0.0
+                if field(at, FULL) == 0:
+                    felt = sum_of(scratch(at, FLOORED), field32(at, COL_TICKETS))
+                tl.store(scratch(at, SCALARS_START) + FELT, felt)
+
+
+@triton.jit
+def end_step(at, counter_ptr, address_ptr, step, skipped_ptr):
+    """True in the last program of a parameter's apply phase, which has advanced the step or counted the parameter."""
+    last = is_last_program(counter_ptr + APPLY_DONE, field32(at, TICKETS))
+    if last:
+        if tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0:
+            tl.store(address(address_ptr, STEP_COLUMN, tl.float32, False), step)
+        else:
+            count_skipped(skipped_ptr, tl.full((), 1, tl.int32))
+    return last

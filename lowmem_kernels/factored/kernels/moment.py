@@ -1,0 +1,68 @@
+"""The gradient, and what the second moment makes of it."""
+
+import triton
+import triton.language as tl
+
+from ...fragments import lerp, transformed
+from .constants import N
+from .walk import field32, scratch
+
+
+@triton.jit
+def load_gradient(pointers, mask, gradient, SKIP_NONFINITE: tl.constexpr):
+    """The gradient as options.GradTransform says; NaN where it may not be used, so that every sum shows it."""
+    g, usable = transformed(tl.load(pointers, mask=mask, other=0.0), gradient, SKIP_NONFINITE)
+    return tl.where(usable, g, float("nan"))
+
+
+@triton.jit
+def safe_rsqrt(x):
+    """1 / sqrt(x), and 0 for 0: a moment of 0 belongs to gradients that are 0, whose update is not 0 * Inf."""
+    return tl.where(x > 0.0, tl.rsqrt(x), 0.0)
+
+
+@triton.jit
+def weight_of(step, beta2_weight, decay_rate):
+    """Weight of the new value in the second moment: constant, or step**decay_rate."""
+    if beta2_weight is not None:
+        return beta2_weight
+    else:
+        # fp64, for one number: in fp32 the exponential of a product is off by 1e-6 of itself
+        return tl.exp(decay_rate * tl.log(step.to(tl.float64))).to(tl.float32)
+
+
+@triton.jit
+def full_moment(v, g, moments, EPS_FLOOR: tl.constexpr):
+    """(new V, factor that makes g the update) of a moment kept in full."""
+    weight, eps = moments
+    if EPS_FLOOR:
+        v = lerp(v, g * g, weight)
+        return v, tl.rsqrt(tl.maximum(v, eps * eps))
+    else:
+        v = lerp(v, g * g + eps, weight)
+        return v, safe_rsqrt(v)
+
+
+@triton.jit
+def factored_scale(row_scale, col_scale, eps, EPS_FLOOR: tl.constexpr):
+    """Factor that makes a tile of g the update: 1 / sqrt(V), where the floor under V is eps²."""
+    scale = row_scale[:, None] * col_scale[None, :]
+    if EPS_FLOOR:
+        scale = tl.minimum(scale, 1.0 / eps)
+    return scale
+
+
+@triton.jit
+def row_scales(at, e, rows, NEW: tl.constexpr, MEAN: tl.constexpr):
+    """sqrt(mean(R) / R) of the rows of matrix e, from the new R in the scratch (left there by another launch)."""
+    n = field32(at, N)
+    r = tl.load(scratch(at, NEW) + e.to(tl.int64) * n + rows, mask=rows < n, other=0.0, cache_modifier=".cg")
+    mean = tl.load(scratch(at, MEAN) + e, cache_modifier=".cg")
+    return r, tl.sqrt(mean) * safe_rsqrt(r)
+
+
+@triton.jit
+def col_scales(at, e, cols, m, NEW: tl.constexpr):
+    """1 / sqrt(C) of columns of matrix e, from the new C in the scratch."""
+    c = tl.load(scratch(at, NEW) + e.to(tl.int64) * m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
+    return c, safe_rsqrt(c)

@@ -1,0 +1,183 @@
+"""Finding the way: from a ticket to its parameter, matrices, rows and tiles, and through what other programs left.
+
+``at`` is (table_ptr, row_ptr, scratch_ptr): the table, the parameter's row of fields.py in it, and the scratch.
+"""
+
+import triton
+import triton.language as tl
+
+from .constants import (
+    BATCH,
+    DIMS,
+    GRAD_STRIDES,
+    GROUP_ROWS,
+    GROUPS,
+    LAST,
+    MATRICES,
+    NDIM,
+    PARAM_STRIDES,
+    SEGMENT,
+    SLAB,
+    M,
+    N,
+)
+
+# groups, and partial sums, that are added at a time
+_GROUPS_AT_A_TIME = tl.constexpr(16)
+_SUMS_AT_A_TIME = tl.constexpr(256)
+
+
+@triton.jit
+def find_segment(table_ptr, first, end, ticket):
+    """The segment of the ticket list, (first ticket, parameter, phase), that a ticket is in: by bisection."""
+    low = first
+    high = end
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(table_ptr + middle.to(tl.int64) * SEGMENT) <= ticket:
+            low = middle
+        else:
+            high = middle
+    segment_ptr = table_ptr + low.to(tl.int64) * SEGMENT
+    return (
+        ticket - tl.load(segment_ptr).to(tl.int32),
+        tl.load(segment_ptr + 1).to(tl.int32),
+        tl.load(segment_ptr + 2).to(tl.int32),
+    )
+
+
+@triton.jit
+def field(at, FIELD: tl.constexpr):
+    """A field of the parameter's row, int64."""
+    _, row_ptr, _ = at
+    return tl.load(row_ptr + FIELD)
+
+
+@triton.jit
+def field32(at, FIELD: tl.constexpr):
+    """A field that is known to fit into 32 bits."""
+    return field(at, FIELD).to(tl.int32)
+
+
+@triton.jit
+def scratch(at, FIELD: tl.constexpr):
+    """Pointer to what the scratch holds under a field."""
+    _, row_ptr, scratch_ptr = at
+    return scratch_ptr + tl.load(row_ptr + FIELD)
+
+
+@triton.jit
+def address(address_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Pointer in a column of the parameter's addresses, see fragments.address."""
+    pointer = tl.load(address_ptr + COLUMN).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        pointer = tl.multiple_of(pointer, 16)
+    return pointer
+
+
+@triton.jit
+def widths(at, ALIGNED: tl.constexpr):
+    """(n, m, last): rows, elements of a row, elements of the last row.
+
+    Where ALIGNED the last two are multiples of 8, as products, so that the compiler can prove that a mask never cuts a
+    vector.
+    """
+    if ALIGNED:
+        return field32(at, N), (field32(at, M) // 8) * 8, (field32(at, LAST) // 8) * 8
+    else:
+        return field32(at, N), field32(at, M), field32(at, LAST)
+
+
+@triton.jit
+def matrices_of(at, ticket, PER: tl.constexpr):
+    """(first, end) of the matrices of a ticket, of which ``PER`` (a field) tickets share a matrix."""
+    first = (ticket // field32(at, PER)) * field32(at, BATCH)
+    return first, tl.minimum(first + field32(at, BATCH), field32(at, MATRICES))
+
+
+@triton.jit
+def rows_of(at, ticket):
+    """(group, first row, end row) of a ticket."""
+    group = ticket % field32(at, GROUPS)
+    first = group * field32(at, GROUP_ROWS)
+    return group, first, tl.minimum(first + field32(at, GROUP_ROWS), field32(at, N))
+
+
+@triton.jit
+def matrix(at, pointer, e, size, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
+    """Pointer to matrix e of a tensor of the parameter's shape; only operands 0 (p) and 1 (g) can be STRIDED."""
+    if STRIDED:
+        table_ptr, _, _ = at
+        dims_ptr = table_ptr + field(at, DIMS)
+        index = e.to(tl.int64)
+        offset = tl.zeros((), tl.int64)
+        for dim in range(field32(at, NDIM)):
+            extent = tl.load(dims_ptr + 3 * dim)
+            offset += (index % extent) * tl.load(dims_ptr + 3 * dim + 1 + OPERAND)
+            index = index // extent
+        return pointer + offset
+    else:
+        return pointer + e.to(tl.int64) * size
+
+
+@triton.jit
+def tile(row, col, width, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """(rows, cols, mask) of the tile that starts at (row, col)."""
+    n, m, last = width
+    rows = row + tl.arange(0, BLOCK_ROWS)
+    cols = col + tl.arange(0, BLOCK_COLS)
+    # as in widths(): the bound of the mask must be seen to be a multiple of 8, where it is
+    bounds = tl.where(rows < n - 1, m, tl.where(rows < n, last, 0))
+    return rows, cols, cols[None, :] < bounds[:, None]
+
+
+@triton.jit
+def offsets(at, rows, cols, m, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
+    """Offsets of a tile in memory from the start of its matrix, int64; OPERAND 2 is always contiguous."""
+    if STRIDED and OPERAND != 2:
+        STRIDES: tl.constexpr = GRAD_STRIDES if OPERAND == 1 else PARAM_STRIDES
+        row_stride = field(at, STRIDES)
+        col_stride = field(at, STRIDES + 1)
+        return rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
+    else:
+        return rows.to(tl.int64)[:, None] * m + cols[None, :]
+
+
+@triton.jit
+def by_fours(x):
+    """Sums of four neighbours in a row: one thread has them, and an accumulator takes a quarter of the registers."""
+    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4)), 2)
+
+
+@triton.jit
+def sum_of(pointer, count):
+    """Sum of ``count`` numbers that other programs have written, in an order that depends on count only."""
+    total = tl.zeros((_SUMS_AT_A_TIME,), tl.float32)
+    lane = tl.arange(0, _SUMS_AT_A_TIME)
+    for start in range(0, count, _SUMS_AT_A_TIME):
+        total += tl.load(pointer + start + lane, mask=start + lane < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit
+def min_of(pointer, count):
+    """Smallest of ``count`` numbers that other programs have written."""
+    smallest = tl.full((_SUMS_AT_A_TIME,), float("inf"), tl.float32)
+    lane = tl.arange(0, _SUMS_AT_A_TIME)
+    for start in range(0, count, _SUMS_AT_A_TIME):
+        mask = start + lane < count
+        x = tl.load(pointer + start + lane, mask=mask, other=float("inf"), cache_modifier=".cg")
+        smallest = tl.minimum(smallest, x)
+    return tl.min(smallest)
+
+
+@triton.jit
+def sum_groups(pointer, groups, stride, cols, m):
+    """Column sums over the groups of a matrix, in their order: 16 at a time as a tree."""
+    total = tl.zeros((SLAB,), tl.float32)
+    for start in range(0, groups, _GROUPS_AT_A_TIME):
+        group = start + tl.arange(0, _GROUPS_AT_A_TIME)
+        pointers = pointer + group.to(tl.int64)[:, None] * stride + cols[None, :]
+        mask = (group < groups)[:, None] & (cols < m)[None, :]
+        total += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    return total

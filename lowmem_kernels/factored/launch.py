@@ -1,0 +1,168 @@
+"""Launching the factored kernels: one launch for each phase, tile and layout that occurs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..device import device_facts, launching_on
+from ..elementwise.launch import TRITON_DTYPES, device_scalar
+from ..options import GradTransform, Rounding
+from ..table import Layout, counters, device_vector
+from .fields import COLUMNS, COUNTERS
+from .kernels import _confidence_kernel, _factored_kernel
+from .rule import FactoredRule
+from .schedule import Shape, geometry_of, layout_of, parts_of, schedule_of, tile_of
+
+
+@dataclass(frozen=True)
+class FactoredPlan:
+    """A tile's rows and columns, warps, and the registers that a thread may have (None: as many as it wants)."""
+
+    tile: Shape
+    num_warps: int
+    maxnreg: int | None
+
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options."""
+        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **bound}
+
+
+def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
+    """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
+
+    Aligned: 16 elements for each thread of 8 warps. Left to itself the compiler takes 150 to 230 registers on sm_90, so
+    that a processor has one program; with 128 it has two, and nothing spills, but for the momentum. Otherwise see
+    `schedule.tile_of`. AMD's compiler has no such option.
+    """
+    bounded = layout.aligned and warp_size == 32 and not momentum
+    return FactoredPlan(tile, num_warps=8 if layout.aligned else 16, maxnreg=128 if bounded else None)
+
+
+def factored_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    rule: FactoredRule,
+    exp_avgs: Sequence[Tensor] | None = None,
+    param_sums: Sequence[Tensor] | None = None,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.factored.factored_update_`: three launches, four where ``rule.eps_floor``."""
+    phases = ("look", "columns", "floor", "apply") if rule.eps_floor else ("look", "columns", "apply")
+    columns = {
+        "param": params, "grad": grads, "row": rows, "col": cols, "step": steps, "exp_avg": exp_avgs,
+        "param_sum": param_sums if rule.scale_parameter else None,
+    }  # fmt: skip
+    _launch(
+        _factored_kernel, phases, columns, transform, rounding,
+        lr=device_scalar(lr), weight_decay=float(weight_decay),
+        # 1 - beta is taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
+        beta2_weight=None if rule.beta2 is None else 1 - rule.beta2, decay_rate=float(rule.decay_rate),
+        eps1=float(rule.eps[0]), eps2=float(rule.eps[1]), clip_threshold=float(rule.clip_threshold),
+        one_minus_beta1=1 - (rule.beta1 or 0.0),
+        EPS_FLOOR=rule.eps_floor, SCHEDULE=rule.lr_schedule, SCALE_PARAMETER=rule.scale_parameter,
+        SCALE_DECAY=rule.scale_decay, MOMENTUM=rule.beta1 is not None,
+        CARRY=rule.scale_parameter and param_sums is not None,
+    )  # fmt: skip
+
+
+def confidence_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    rows: Sequence[Tensor],
+    cols: Sequence[Tensor | None],
+    res_rows: Sequence[Tensor | None],
+    res_cols: Sequence[Tensor | None],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    betas: tuple[float, float, float],
+    eps: tuple[float, float],
+    clip_threshold: float,
+    weight_decay: float,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.factored.confidence_update_`: five launches."""
+    columns = {
+        "param": params, "grad": grads, "row": rows, "col": cols, "step": steps, "exp_avg": exp_avgs,
+        "res_row": res_rows, "res_col": res_cols,
+    }  # fmt: skip
+    _launch(
+        _confidence_kernel, ("look", "columns", "residual", "residual_columns", "apply"), columns, transform, rounding,
+        lr=device_scalar(lr), weight_decay=float(weight_decay),
+        one_minus_beta1=1 - betas[0], one_minus_beta2=1 - betas[1], one_minus_beta3=1 - betas[2],
+        eps1=float(eps[0]), eps2=float(eps[1]), clip_threshold=float(clip_threshold),
+    )  # fmt: skip
+
+
+def _launch(
+    kernel: Any,
+    phases: tuple[str, ...],
+    columns: dict[str, Any],
+    transform: GradTransform,
+    rounding: Rounding,
+    **arguments: Any,
+) -> None:
+    params, grads, exp_avgs = columns["param"], columns["grad"], columns["exp_avg"]
+    if not params:
+        return
+    device = params[0].device
+    warp_size = device_facts(device).warp_size
+    keys = rounding.keys(len(params))
+    addresses = [_addresses(columns.get(name), len(params)) for name in COLUMNS]
+    geometries = [geometry_of(p, g) for p, g in zip(params, grads, strict=True)]
+    # of the columns that are read as tiles
+    tiled = [addresses[COLUMNS.index(name)] for name in ("param", "grad", "row", "exp_avg")]
+    kinds: dict[tuple[Shape, Layout], list[int]] = {}
+    for i, geometry in enumerate(geometries):
+        layout = layout_of(geometry, [column[i] for column in tiled])
+        kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
+    for (tile, layout), members in kinds.items():
+        plan = plan_factored(tile, layout, warp_size, momentum=arguments.get("MOMENTUM", False))
+        for part in parts_of([geometries[i] for i in members], tile, "residual" in phases):
+            chosen = [members[k] for k in part]
+            schedule = _schedule(tuple(geometries[i] for i in chosen), tile, tuple(keys[i] for i in chosen), phases)
+            table = device_vector(schedule.values, device)
+            pointers = device_vector(tuple([column[i] for i in chosen for column in addresses]), device)
+            scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
+            for launch in schedule.launches:
+                with launching_on(device):
+                    kernel[(launch.tickets,)](
+                        table, pointers, scratch, counters(len(COUNTERS) * len(chosen), device),
+                        transform.skipped, transform.found_inf,
+                        schedule.rows_start, launch.segment, launch.segments, launch.ticket,
+                        scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
+                        clip_value=None if transform.clip_value is None else float(transform.clip_value),
+                        clip_coef=transform.clip_coef,
+                        PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
+                        STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
+                        ALIGNED=layout.aligned, STRIDED=layout.strided,
+                        STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
+                        BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols,
+                        **plan.options(), **arguments,
+                    )  # fmt: skip
+    # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
+    torch.autograd.graph.increment_version(params)
+
+
+_schedule = lru_cache(maxsize=256)(schedule_of)
+
+
+def _addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:
+    return [0] * count if tensors is None else [0 if t is None else t.data_ptr() for t in tensors]
