@@ -143,7 +143,7 @@ class LowMemOptimizer(Optimizer):
                 bucket.transform = _with_stats(bucket.transform, group, stats.to(device, non_blocking=True))
 
     def nonfinite_count(self) -> int:
-        """Return how many NaN and Inf gradient elements were kept from parameters so far. Waits for the device."""
+        """Return how many elements, or for factored rules parameters, NaN and Inf kept still. Waits for the device."""
         return sum(int(count) for count in self._nonfinite.values())
 
     def _nonfinite_on(self, device: torch.device) -> Tensor:

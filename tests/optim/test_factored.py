@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_optim import CAME, AdaLomo, Adafactor, TorchAdafactor, came, factored
+from lowmem_optim import CAME, Adafactor, AdaLomo, TorchAdafactor, came, factored
 from optim.tensors import make_params, set_gradients, take_steps
 
 NAMES = ("scalar", "vector", "matrix", "experts", "empty")

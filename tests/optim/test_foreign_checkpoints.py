@@ -9,7 +9,7 @@ from came_pytorch import CAME as PackageCAME
 from torch import nn
 
 from lowmem_kernels.testing import assert_parity
-from lowmem_optim import CAME, AdaLomo, Adafactor, TorchAdafactor
+from lowmem_optim import CAME, Adafactor, AdaLomo, TorchAdafactor
 from optim.tensors import Unchanged, copies, make_params, set_gradients
 
 #: torch divides by the number of elements, so that there has to be one
