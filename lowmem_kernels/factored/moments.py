@@ -48,8 +48,8 @@ class Moment(Protocol):
         """
         ...
 
-    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
-        """Return the sum of the squares of a tensor of the parameter's shape."""
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        """Return the sum of the squares of a block, the same whatever its strides are; ``out`` may be written."""
         ...
 
     def scale(self, factor: float) -> None:
@@ -84,7 +84,7 @@ class FactoredMoment:
         row_sums = torch.empty_like(self.row)
         left = self.row.new_ones(len(self.row), self.n, 2)
         sums = self.col.new_zeros(len(self.col), 2, self.m)
-        unit = self.row.new_tensor(_UNIT)
+        unit, smallest = self.row.new_tensor(_UNIT), self.row.new_tensor(_SMALLEST)
         poison = 0.0
         row_like = (self.new_row, row_sums, left, left[..., 1:])
         for _, (block,), (row, row_sum, factors, inverse), (col_sums,) in _blocks(
@@ -97,7 +97,7 @@ class FactoredMoment:
             torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
             torch.sum(q, -1, keepdim=True, out=row_sum)
             row.add_(row_sum, alpha=self.weight / self.m)
-            torch.div(unit, row.clamp(min=_SMALLEST), out=inverse)
+            torch.div(unit, torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
             col_sums.baddbmm_(factors.mT, q)
         self.new_col = torch.lerp(self.col, sums[:, :1] / self.n + self.added, self.weight)
@@ -130,15 +130,12 @@ class FactoredMoment:
             return (row_scale * col_scale).clamp_(max=self.bound), g
         return torch.mul(g, col_scale, out=out), row_scale
 
-    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
-        total = 0.0
-        for _, _, (block,) in self.blocks(tensor):
-            x = block if block.dtype == torch.float32 and block.is_contiguous() else scratch.like(block)[0].copy_(block)
-            if 2 * self.n * self.m > cut.BLOCK:
-                total += torch.dot(x.view(-1), x.view(-1)).item()
-            else:  # each matrix for itself: how many lie in a block may depend on strides
-                total += x.square().sum((1, 2)).double().sum().item()
-        return total
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        x = block if block.dtype == torch.float32 and block.is_contiguous() else out.copy_(block)
+        if 2 * self.n * self.m > cut.BLOCK:
+            return torch.dot(x.view(-1), x.view(-1)).item()
+        # each matrix for itself: how many lie in a block may depend on strides
+        return x.square().sum((1, 2)).double().sum().item()
 
     def scale(self, factor: float) -> None:
         self.row_scale *= factor
@@ -175,8 +172,8 @@ class FullMoment:
             total += self._inverse_root(moment).mul_(g).square_().sum().item()
         return total
 
-    def squares(self, tensor: Tensor, scratch: Scratch) -> float:
-        return sum(block.float().square().sum().item() for _, _, (block,) in self.blocks(tensor))
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        return block.float().square().sum().item()
 
     def _moved(self, moment: Tensor, g: Tensor) -> Tensor:
         return torch.lerp(moment, (g * g).add_(self.added), self.weight)

@@ -37,7 +37,7 @@ def factored_update_(
         param = params[i]
         rate = {"constant": lr, "rsqrt": min(lr, step**-0.5), "warmup": min(lr * step, step**-0.5)}[rule.lr_schedule]
         if rule.scale_parameter:
-            rate *= max(rule.eps[1], math.sqrt(moment.squares(param, scratch) / param.numel()))
+            rate *= max(rule.eps[1], math.sqrt(_squares(param, moment, scratch) / param.numel()))
         decay = weight_decay * (rate if rule.scale_decay else lr)
         one = steps[i].new_ones(())
         moment.scale(rate)
@@ -170,3 +170,7 @@ def _subtract(
     else:
         value.addcmul_(x, y, value=-1)
     store_(p, value, stochastic, key, start)
+
+
+def _squares(param: Tensor, moment: Moment, scratch: Scratch) -> float:
+    return sum(moment.squares(block, scratch.like(block)[0]) for _, _, (block,) in moment.blocks(param))
