@@ -8,31 +8,19 @@ counts are the ratios: to one copy of the parameter, and to the baseline of the 
 
 from __future__ import annotations
 
-import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import torch
 import typer
+from interleaved import DTYPES, Step, copier, median_seconds, parameter, stepper, write_record
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lowmem_optim import AdamW, Lomo
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Step = Callable[[], object]
-
-
-def stepper(optimizer: torch.optim.Optimizer) -> Step:
-    """Return the optimizer's step."""
-    return optimizer.step
 
 
 def clipped_sgd(p: Tensor) -> Step:
@@ -72,25 +60,10 @@ CONTENDERS: dict[str, dict[str, Callable[[Tensor], Step]]] = {
 
 def measure(size: int, dtype: torch.dtype, rounds: int, label: str) -> dict[str, float]:
     """Return the median seconds of each contender's step, and of one copy under the name "copy"."""
-
-    def parameter() -> Tensor:
-        p = torch.nn.Parameter(torch.randn(size, size).to(dtype))
-        p.grad = (torch.randn(size, size) * 1e-3).to(dtype)
-        return p
-
-    source, target = parameter().detach(), parameter().detach()
-    steps: dict[str, Step] = {"copy": lambda: target.copy_(source)}
+    steps = {"copy": copier(size, dtype)}
     for group in CONTENDERS.values():
-        steps.update({name: make(parameter()) for name, make in group.items()})
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(rounds), description=label):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            seconds[name].append(time.perf_counter() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+        steps.update({name: make(parameter(size, dtype)) for name, make in group.items()})
+    return median_seconds(steps, rounds, label)
 
 
 def main(
@@ -128,15 +101,7 @@ def main(
             table.add_section()
         console.print(table)
     if out is not None:
-        record = {
-            "command": f"python bench/cpu_step.py --size {size} --rounds {rounds}",
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "figures": figures,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=1) + "\n")
+        write_record(out, f"python bench/cpu_step.py --size {size} --rounds {rounds}", figures)
         console.print(f"wrote {out}")
 
 

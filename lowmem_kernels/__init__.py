@@ -1,7 +1,7 @@
-"""Fused kernels for optimizers that keep almost no state: one launch for many tensors, one trip through memory.
+"""Fused kernels for optimizers that keep almost no state: few launches for many tensors, few trips through memory.
 
-Families of verbs live in subpackages (`lowmem_kernels.elementwise`); each verb has a torch reference, which is its
-specification and the path for CPUs, and Triton kernels. What all of them share is here.
+Families of verbs live in subpackages (`lowmem_kernels.elementwise`, `lowmem_kernels.factored`); each verb has a torch
+reference, which is its specification and the path for CPUs, and Triton kernels. What all of them share is here.
 """
 
 from .dispatch import choose, why_not_triton

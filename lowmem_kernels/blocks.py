@@ -37,21 +37,42 @@ def blocks(*tensors: Tensor, start: int = 0) -> Iterator[tuple[int, Sequence[Ten
             yield from blocks(*(t[i : i + rows] if rows else t[i] for t in tensors), start=start + i * row)
 
 
-def read_gradient(grad: Tensor, transform: GradTransform) -> tuple[Tensor, Tensor]:
-    """Return the gradient as ``transform`` says, and as it was before clipping, both in fp32.
+class Scratch:
+    """fp32 tensors for the temporaries of blocks: those of the last block, wherever they fit.
 
-    They may be one tensor and share memory with ``grad``.
+    Temporaries that each block allocates are new pages, and not in the cache.
     """
-    unscaled = grad.to(torch.float32)
+
+    def __init__(self, count: int) -> None:
+        self._tensors = [torch.empty(0)] * count
+
+    def like(self, block: Tensor) -> Sequence[Tensor]:
+        """Return contiguous tensors of the block's shape, with any values."""
+        if self._tensors[0].shape != block.shape:
+            self._tensors = [torch.empty(block.shape, device=block.device) for _ in self._tensors]
+        return self._tensors
+
+
+def as_fp32(x: Tensor, out: Tensor) -> Tensor:
+    """Return x if it is fp32, else its values in ``out``."""
+    return x if x.dtype == torch.float32 else out.copy_(x)
+
+
+def read_gradient(grad: Tensor, transform: GradTransform, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the gradient as ``transform`` says, and as it was before ``clip_value``, both in fp32.
+
+    They may be one tensor, and lie in the memory of ``grad`` or, where given, of ``out``.
+    """
+    unscaled = grad.to(torch.float32) if out is None else as_fp32(grad, out)
     if transform.inv_scale is not None:
-        unscaled = unscaled * transform.inv_scale
+        unscaled = torch.mul(unscaled, transform.inv_scale, out=out)
     if transform.maximize:
-        unscaled = -unscaled
+        unscaled = torch.neg(unscaled, out=out)
     g = unscaled
     if transform.clip_value is not None:
-        g = g.clamp(-transform.clip_value, transform.clip_value)
+        g = unscaled.clamp(-transform.clip_value, transform.clip_value)
     if transform.clip_coef is not None:
-        g = g * transform.clip_coef
+        g = torch.mul(g, transform.clip_coef, out=g if transform.clip_value is not None else out)
     return g, unscaled
 
 

@@ -22,8 +22,9 @@ class GradTransform:
         clip_coef: factor from a clipped global norm, normally in [0, 1]; None is 1.
         maximize: negate the gradient.
         found_inf: where it is not 0 nothing is written at all, not even step counters (GradScaler's meaning).
-        skip_nonfinite: an element whose unscaled or transformed gradient is NaN or Inf keeps its parameter and state.
-        skipped: 0-d int64 tensor to which the number of elements so kept is added.
+        skip_nonfinite: an element whose unscaled or transformed gradient is NaN or Inf keeps its parameter and state;
+            with rules that sum over a parameter, the whole parameter does.
+        skipped: 0-d int64 tensor to which the number of elements, or of parameters, so kept is added.
     """
 
     inv_scale: Tensor | None = None

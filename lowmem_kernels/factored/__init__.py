@@ -15,7 +15,8 @@ float32 and contiguous. ``steps`` are 0-d float32 counters, read as t - 1 and wr
 
 A parameter whose sums are NaN or Inf keeps its value, its state and its step if ``transform.skip_nonfinite``, and
 ``transform.skipped`` counts it as one. Arithmetic is fp32, each result is rounded once, and sums are taken in an order
-that depends on a parameter's shape only: the same bits on every run, whatever else is in the lists.
+that depends on a parameter's shape and, on a GPU, layout in memory: the same bits on every run, whatever else is in the
+lists.
 """
 
 from __future__ import annotations

@@ -15,29 +15,41 @@ import torch
 from torch import Tensor
 
 from .. import blocks as cut
+from ..blocks import Scratch
 from ..options import GradTransform
 from .rule import FactoredRule
 
 #: Rows of a block at most: longer fp32 column sums would lose digits.
 _ROWS = 1024
 
-#: Where a block lies: for factored moments (matrices, rows), for full ones the elements.
-Place = tuple[slice, ...]
+#: Numerator of 1 / R, with which no R > 0 makes Inf, and none below 2**105 a number that has lost digits.
+_UNIT = 2.0**-22
+_SMALLEST = 2.0**-149
+
+#: What `Moment.update` has to know of a block: views of the moment's factors.
+Part = Sequence[Tensor]
 
 
 class Moment(Protocol):
     """What `FactoredMoment` and `FullMoment` have in common."""
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
-        """Read the gradient; return the sum of the squares of the update. NaN or Inf if any element is."""
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
+        """Read the gradient; return the sum of the squares of the update. NaN or Inf if any sum is."""
         ...
 
-    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Place, Sequence[Tensor]]]:
-        """Cut tensors of the parameter's shape into (index of the first element, place, views)."""
+    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Part, Sequence[Tensor]]]:
+        """Cut tensors of the parameter's shape into (index of the first element, what `update` takes, views)."""
         ...
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
-        """Return g / sqrt(V) of a block, in new memory."""
+    def update(self, g: Tensor, part: Part, out: Tensor) -> tuple[Tensor, Tensor]:
+        """Return g / sqrt(V) of a block as two factors that broadcast. g may lie in ``out``.
+
+        The first factor lies there or in new memory; the second may lie anywhere, as g.
+        """
+        ...
+
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        """Return the sum of the squares of a block, the same whatever its strides are; ``out`` may be written."""
         ...
 
     def scale(self, factor: float) -> None:
@@ -50,73 +62,85 @@ class Moment(Protocol):
 
 
 class FactoredMoment:
-    """``R += w (mean_j q - R)``, ``C += w (mean_i q - C)``, ``V_ij = R_i C_j / mean(R)`` of each matrix n x m."""
+    """``R += w (mean_j q - R)``, ``C += w (mean_i q - C)``, ``V_ij = R_i C_j / mean(R)`` of each matrix n x m.
+
+    Of E matrices, what belongs to rows is [E, n, 1] here and what belongs to columns [E, 1, m].
+    """
 
     def __init__(self, param: Tensor, row: Tensor, col: Tensor, weight: float, eps: float, floor: bool) -> None:
         self.n, self.m = param.shape[-2:]
-        self.row, self.col = row.view(-1, self.n), col.view(-1, self.m)
+        self.row, self.col = row.view(-1, self.n, 1), col.view(-1, 1, self.m)
         self.weight = weight
         self.added, self.floor = (0.0, eps) if floor else (eps, 0.0)
+        self.bound: float | None = None
 
-    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Place, Sequence[Tensor]]]:
-        for first, stack in _stacks(self.n, self.m, tensors):
-            for matrices, rows in _places(len(stack[0]), self.n, self.m):
-                place = (slice(first + matrices.start, first + matrices.stop), rows)
-                start = (place[0].start * self.n + rows.start) * self.m
-                yield start, place, [t[matrices, rows] for t in stack]
+    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Part, Sequence[Tensor]]]:
+        for start, views, rows, cols in _blocks(self.n, self.m, tensors, [self.row_scale], [self.col_scale]):
+            yield start, (*rows, *cols), views
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
-        sums = torch.zeros(len(self.col), 2, self.m)
-        self.new_row = torch.empty_like(self.row)
-        smallest_row = torch.full((len(self.row),), math.inf)
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
+        # in every block, as few calls as there can be: at 4096 columns they cost as much as the arithmetic
+        self.new_row = (self.row * (1 - self.weight)).add_(self.weight * self.added)
+        row_sums = torch.empty_like(self.row)
+        left = self.row.new_ones(len(self.row), self.n, 2)
+        sums = self.col.new_zeros(len(self.col), 2, self.m)
+        unit, smallest = self.row.new_tensor(_UNIT), self.row.new_tensor(_SMALLEST)
         poison = 0.0
-        for _, (matrices, rows), (block,) in self.blocks(grad):
-            g, unscaled = cut.read_gradient(block, transform)
-            if g is not unscaled and transform.skip_nonfinite:
+        row_like = (self.new_row, row_sums, left, left[..., 1:])
+        for _, (block,), (row, row_sum, factors, inverse), (col_sums,) in _blocks(
+            self.n, self.m, [grad], row_like, [sums]
+        ):
+            q = scratch.like(block)[0]
+            g, unscaled = cut.read_gradient(block, transform, q)
+            if transform.clip_value is not None and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
-            q = g * g
-            mean = q.sum(-1).div_(self.m)
-            row = torch.lerp(self.row[matrices, rows], mean + self.added, self.weight)
-            self.new_row[matrices, rows] = row
+            torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
+            torch.sum(q, -1, keepdim=True, out=row_sum)
+            row.add_(row_sum, alpha=self.weight / self.m)
+            torch.div(unit, torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
-            left = torch.ones(len(q), 2, q.shape[1])
-            left[:, 1] = torch.where(row > 0, row.reciprocal(), 0.0)
-            sums[matrices].baddbmm_(left, q)
-            if self.floor:
-                used = torch.where(mean > 0, row, math.inf)
-                smallest_row[matrices] = torch.minimum(smallest_row[matrices], used.amin(-1))
-        self.new_col = torch.lerp(self.col, sums[:, 0] / self.n + self.added, self.weight)
-        # sums of g² may be Inf where g is not, and then the update is 0
-        poison += 0.0 * self.new_row.max().item() + 0.0 * self.new_col.max().item()
-        mean_row = self.new_row.mean(-1).clamp_(min=self.floor)
-        self.row_scale = _safe_rsqrt(self.new_row / mean_row[:, None])
+            col_sums.baddbmm_(factors.mT, q)
+        self.new_col = torch.lerp(self.col, sums[:, :1] / self.n + self.added, self.weight)
+        mean_row = self.new_row.mean(1, keepdim=True).clamp_(min=self.floor)
+        poison += 0.0 * (mean_row.double().sum() + self.new_col.double().sum()).item()
+        self.row_scale = _safe_rsqrt(self.new_row / mean_row)
         self.col_scale = _safe_rsqrt(self.new_col)
-        self.bound = 1 / self.floor if self.floor else math.inf
         if self.floor:
             # V of the smallest row and column that have a gradient: is the floor under V felt?
-            smallest_col = torch.where(sums[:, 0] > 0, self.new_col, math.inf).amin(-1)
-            bound = max(self.floor**2, torch.finfo(torch.float32).tiny)  # 1/R of smaller R may be Inf
-            if not (smallest_row / mean_row * smallest_col > bound).all():
-                return self._sum_of_squares(grad, transform) + poison
+            smallest_row = torch.where(row_sums > 0, self.new_row, math.inf).amin(1, keepdim=True).double()
+            smallest_col = torch.where(sums[:, :1] > 0, self.new_col, math.inf).amin(2, keepdim=True).double()
+            if not (smallest_row / mean_row * smallest_col >= self.floor**2).all():
+                self.bound = 1 / self.floor
+                return self._sum_of_squares(grad, transform, scratch) + poison
         # sum_ij u² = mean(R) sum_j (sum_i q_ij / R_i) / C_j, so that it needs no third look
-        terms = torch.where(self.new_col > 0, sums[:, 1].double() / self.new_col, 0.0)
-        return (mean_row.double() * terms.sum(-1)).sum().item() + poison
+        terms = torch.where(self.new_col > 0, sums[:, 1:].double() / self.new_col, 0.0)
+        return (mean_row * terms.sum(2, keepdim=True)).sum().item() / _UNIT + poison
 
-    def _sum_of_squares(self, grad: Tensor, transform: GradTransform) -> float:
+    def _sum_of_squares(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         total = 0.0
-        for _, place, (block,) in self.blocks(grad):
-            total += self.update(cut.read_gradient(block, transform)[0], place).square_().sum().item()
+        for _, part, (block,) in self.blocks(grad):
+            out = scratch.like(block)[0]
+            x, y = self.update(cut.read_gradient(block, transform, out)[0], part, out)
+            total += x.mul_(y).square_().sum((1, 2)).double().sum().item()
         return total
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
-        rows, cols = self.row_scale[place][..., None], self.col_scale[place[0], None, :]
-        if self.floor:
-            return (rows * cols).clamp_(max=self.bound).mul_(g)
-        return (g * cols).mul_(rows)
+    def update(self, g: Tensor, part: Part, out: Tensor) -> tuple[Tensor, Tensor]:
+        row_scale, col_scale = part
+        if self.bound is not None:
+            return (row_scale * col_scale).clamp_(max=self.bound), g
+        return torch.mul(g, col_scale, out=out), row_scale
+
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        x = block if block.dtype == torch.float32 and block.is_contiguous() else out.copy_(block)
+        if 2 * self.n * self.m > cut.BLOCK:
+            return torch.dot(x.view(-1), x.view(-1)).item()
+        # each matrix for itself: how many lie in a block may depend on strides
+        return x.square().sum((1, 2)).double().sum().item()
 
     def scale(self, factor: float) -> None:
         self.row_scale *= factor
-        self.bound *= factor
+        if self.bound is not None:
+            self.bound *= factor
 
     def commit(self) -> None:
         self.row.copy_(self.new_row)
@@ -131,33 +155,35 @@ class FullMoment:
         self.added, self.floor = (0.0, eps) if floor else (eps, 0.0)
         self.factor = 1.0
 
-    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Place, Sequence[Tensor]]]:
+    def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Part, Sequence[Tensor]]]:
         flat = [t.view(-1) if t.ndim == 0 else t for t in tensors]
         for start in range(0, flat[0].numel(), cut.BLOCK):
-            place = slice(start, start + cut.BLOCK)
-            yield start, (place,), [t[place] for t in flat]
+            moment, *views = (t[start : start + cut.BLOCK] for t in (self.moment, *flat))
+            yield start, (moment,), views
 
-    def look(self, grad: Tensor, transform: GradTransform) -> float:
+    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         total = 0.0
-        for _, place, (block,) in self.blocks(grad):
-            g, unscaled = cut.read_gradient(block, transform)
-            if g is not unscaled and transform.skip_nonfinite:
+        for _, (old,), (block,) in self.blocks(grad):
+            g, unscaled = cut.read_gradient(block, transform, scratch.like(block)[0])
+            if transform.clip_value is not None and transform.skip_nonfinite:
                 total += 0.0 * unscaled.sum().item()  # what clipping would hide
-            moved = self._moved(g, place)
-            # g² may be Inf where g is not, and then the update is 0
-            total += self._update(g, moved).square_().sum().item() + 0.0 * moved.max().item()
+            moment = self._moved(old, g)
+            total += 0.0 * moment.amax().item()  # Inf would make an update of 0
+            total += self._inverse_root(moment).mul_(g).square_().sum().item()
         return total
 
-    def _moved(self, g: Tensor, place: Place) -> Tensor:
-        return torch.lerp(self.moment[place], g * g + self.added, self.weight)
+    def squares(self, block: Tensor, out: Tensor) -> float:
+        return block.float().square().sum().item()
 
-    def _update(self, g: Tensor, moment: Tensor) -> Tensor:
-        return _safe_rsqrt(moment.clamp(min=self.floor**2) if self.floor else moment).mul_(g)
+    def _moved(self, moment: Tensor, g: Tensor) -> Tensor:
+        return torch.lerp(moment, (g * g).add_(self.added), self.weight)
 
-    def update(self, g: Tensor, place: Place) -> Tensor:
-        moment = self._moved(g, place)
-        self.moment[place] = moment
-        return self._update(g, moment).mul_(self.factor)
+    def _inverse_root(self, moment: Tensor) -> Tensor:
+        return _safe_rsqrt(moment.clamp(min=self.floor**2) if self.floor else moment)
+
+    def update(self, g: Tensor, part: Part, out: Tensor) -> tuple[Tensor, Tensor]:
+        moment = part[0].copy_(self._moved(part[0], g))
+        return self._inverse_root(moment).mul_(self.factor), g
 
     def scale(self, factor: float) -> None:
         self.factor *= factor
@@ -179,23 +205,31 @@ def _safe_rsqrt(x: Tensor) -> Tensor:
     return torch.where(x > 0, x.rsqrt(), 0.0)
 
 
-def _stacks(n: int, m: int, tensors: Sequence[Tensor], first: int = 0) -> Iterator[tuple[int, list[Tensor]]]:
-    """Views [matrices, n, m] of the tensors, with the number of their first matrix; more than one where dimensions
-    cannot be merged."""
+def _blocks(
+    n: int, m: int, tensors: Sequence[Tensor], row_like: Sequence[Tensor], col_like: Sequence[Tensor]
+) -> Iterator[tuple[int, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]:
+    """Cut tensors of one shape, [E, n, x] and [E, x, m] into blocks of whole rows: several small matrices, or a part of
+    one. Yields (index of the first element, views of the first, of the second, of the third)."""
+    rows = max(1, min(n, _ROWS, cut.BLOCK // m))
+    matrices = max(1, cut.BLOCK // (n * m)) if rows == n else 1
+    done = 0
+    for stack in _stacks(n, m, tensors):
+        some = slice(done, done + len(stack[0]))
+        start, done = done * n * m, some.stop
+        by_rows, by_matrices = [*stack, *(t[some] for t in row_like)], [t[some] for t in col_like]
+        groups = zip(*(t.split(matrices) for t in (*by_rows, *by_matrices)), strict=True)
+        for group in groups:
+            for views in zip(*(t.split(rows, 1) for t in group[: len(by_rows)]), strict=True):
+                yield start, views[: len(stack)], views[len(stack) :], group[len(by_rows) :]
+                start += views[0].numel()
+
+
+def _stacks(n: int, m: int, tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
+    """Views [matrices, n, m] of the tensors; more than one where dimensions cannot be merged."""
     if tensors[0].numel() == 0:
         return
     try:
-        yield first, [t.view(-1, n, m) for t in tensors]
+        yield [t.view(-1, n, m) for t in tensors]
     except RuntimeError:
-        step = tensors[0][0].numel() // (n * m)
         for i in range(len(tensors[0])):
-            yield from _stacks(n, m, [t[i] for t in tensors], first + i * step)
-
-
-def _places(matrices: int, n: int, m: int) -> Iterator[tuple[slice, slice]]:
-    """Blocks of whole rows: several small matrices, or a part of one."""
-    rows = max(1, min(n, _ROWS, cut.BLOCK // m))
-    many = max(1, cut.BLOCK // (n * m)) if rows == n else 1
-    for e in range(0, matrices, many):
-        for r in range(0, n, rows):
-            yield slice(e, min(e + many, matrices)), slice(r, min(r + rows, n))
+            yield from _stacks(n, m, [t[i] for t in tensors])

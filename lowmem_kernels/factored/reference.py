@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import blocks, read_gradient, store_
+from ..blocks import Scratch, as_fp32, read_gradient, store_
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .moments import FactoredMoment, Moment, moment_of
@@ -32,20 +32,26 @@ def factored_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.factored.factored_update_`."""
-    lr = float(lr)
-    for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding):
+    lr, scratch = float(lr), Scratch(2)
+    for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding, scratch):
         param = params[i]
         rate = {"constant": lr, "rsqrt": min(lr, step**-0.5), "warmup": min(lr * step, step**-0.5)}[rule.lr_schedule]
         if rule.scale_parameter:
-            rate *= max(rule.eps[1], _rms(param))
+            rate *= max(rule.eps[1], math.sqrt(_squares(param, moment, scratch) / param.numel()))
         decay = weight_decay * (rate if rule.scale_decay else lr)
+        one = steps[i].new_ones(())
         moment.scale(rate)
+        p_key, m_key = stream_key(key, step, 0), stream_key(key, step, 1)
         tensors = [param, grads[i]] if exp_avgs is None else [param, grads[i], exp_avgs[i]]
-        for start, place, (p, grad, *exp_avg) in moment.blocks(*tensors):
-            update = moment.update(read_gradient(grad, transform)[0], place)
+        for start, part, (p, grad, *exp_avg) in moment.blocks(*tensors):
+            u, v = scratch.like(p)
+            x, y = moment.update(read_gradient(grad, transform, u)[0], part, u)
             if rule.beta1 is not None:
-                update = _moved(exp_avg[0], update, rule.beta1, key, step, start, rounding)
-            _subtract(p, update, decay, key, step, start, rounding)
+                x, y = _move(exp_avg[0], x.mul_(y), rule.beta1, v), one
+                # what p gets is not rounded, and stochastic rounding would overwrite it
+                store_(exp_avg[0], u.copy_(x) if x is v else x, rounding.stochastic, m_key, start)
+                u, v = v, u
+            _subtract(p, x, y, decay, (v, u), rounding.stochastic, p_key, start)
         moment.commit()
 
 
@@ -69,24 +75,32 @@ def confidence_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.factored.confidence_update_`."""
-    lr, (beta1, beta2, beta3) = float(lr), betas
+    lr, (beta1, beta2, beta3), scratch = float(lr), betas, Scratch(2)
     rule = FactoredRule(eps=(eps[0], 0.0), beta2=beta2, clip_threshold=clip_threshold)
-    for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding):
+    for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding, scratch):
         param, exp_avg, res_row, res_col = params[i], exp_avgs[i], res_rows[i], res_cols[i]
+        p_key, m_key = stream_key(key, step, 0), stream_key(key, step, 1)
         residual = None
         if res_row is not None and res_col is not None:
             residual = _Residual(param, res_row, res_col, 1 - beta3, eps[1])
-        for start, place, (grad, m) in moment.blocks(grads[i], exp_avg):
-            update = moment.update(read_gradient(grad, transform)[0], place)
-            new_m = _moved(m, update, beta1, key, step, start, rounding)
+        for start, part, (grad, m) in moment.blocks(grads[i], exp_avg):
+            u, v = scratch.like(m)
+            x, y = moment.update(read_gradient(grad, transform, u)[0], part, u)
+            update = x.mul_(y)
+            new = _move(m, update, beta1, v)
             if residual is not None:
-                residual.add(update.sub_(new_m).square_(), place)
+                residual.add(update.sub_(new).square_(), start)
+            store_(m, new, rounding.stochastic, m_key, start)
         moment.commit()
         if residual is not None:
-            residual.finish()
-        for start, place, (p, m) in moment.blocks(param, exp_avg):
-            confident = m.float() if residual is None else residual.update(m.float(), place)
-            _subtract(p, confident * lr, weight_decay * lr, key, step, start, rounding)
+            residual.finish(lr)
+        rate = steps[i].new_tensor(lr)
+        for start, part, (p, m) in (residual or moment).blocks(param, exp_avg):
+            u, v = scratch.like(p)
+            x, y = as_fp32(m, u), rate
+            if residual is not None:
+                x, y = residual.update(x, part, u)
+            _subtract(p, x, y, weight_decay * lr, (v, u), rounding.stochastic, p_key, start)
 
 
 class _Residual(FactoredMoment):
@@ -96,15 +110,17 @@ class _Residual(FactoredMoment):
         super().__init__(param, row, col, weight, eps, floor=False)
         self.sums = torch.zeros_like(self.col)
 
-    def add(self, squares: Tensor, place: tuple[slice, ...]) -> None:
+    def add(self, squares: Tensor, start: int) -> None:
         """Take in a block of squares. Rows are complete in it, columns are not."""
-        matrices, rows = place
-        self.row[matrices, rows] = torch.lerp(self.row[matrices, rows], squares.mean(-1) + self.added, self.weight)
-        self.sums[matrices] += squares.sum(-2)
+        matrix, row = divmod(start // self.m, self.n)
+        matrices = slice(matrix, matrix + len(squares))
+        self.row[matrices, row : row + squares.shape[1]].lerp_(squares.mean(-1, keepdim=True) + self.added, self.weight)
+        self.sums[matrices] += squares.sum(-2, keepdim=True)
 
-    def finish(self) -> None:
+    def finish(self, lr: float) -> None:
+        """Make `update` return lr times the momentum over its instability."""
         self.col.lerp_(self.sums / self.n + self.added, self.weight)
-        self.row_scale = (self.row / self.row.mean(-1, keepdim=True)).rsqrt()
+        self.row_scale = (self.row / self.row.mean(1, keepdim=True)).rsqrt_().mul_(lr)
         self.col_scale = self.col.rsqrt()
 
 
@@ -117,6 +133,7 @@ def _clipped(
     rule: FactoredRule,
     transform: GradTransform,
     rounding: Rounding,
+    scratch: Scratch,
 ) -> Iterator[tuple[int, int, int, Moment]]:
     """(position, step, noise key, moment that has seen the gradient and clips) of all parameters to be updated."""
     if transform.found_inf is not None and transform.found_inf.item() != 0:
@@ -127,7 +144,7 @@ def _clipped(
             steps[i].add_(1)
             continue
         moment = moment_of(param, rows[i], cols[i], step, rule)
-        squares = moment.look(grads[i], transform)
+        squares = moment.look(grads[i], transform, scratch)
         if transform.skip_nonfinite and not math.isfinite(squares):
             if transform.skipped is not None:
                 transform.skipped.add_(1)
@@ -139,22 +156,22 @@ def _clipped(
         yield i, step, key, moment
 
 
-def _moved(
-    exp_avg: Tensor, update: Tensor, beta1: float, key: int, step: int, start: int, rounding: Rounding
-) -> Tensor:
-    """Move a block of the momentum towards the update; return it as it was before it was rounded, in new memory."""
-    new = torch.lerp(exp_avg.float(), update, 1 - beta1)
-    store_(exp_avg, new.clone() if rounding.stochastic else new, rounding.stochastic, stream_key(key, step, 1), start)
-    return new
+def _move(exp_avg: Tensor, update: Tensor, beta1: float, out: Tensor) -> Tensor:
+    """Return a block of the momentum moved towards the update, before rounding: itself if it is fp32, else ``out``."""
+    return as_fp32(exp_avg, out).lerp_(update, 1 - beta1)
 
 
-def _subtract(p: Tensor, update: Tensor, decay: float, key: int, step: int, start: int, rounding: Rounding) -> None:
-    """``p -= update + decay p`` in one subtraction and one rounding; ``update`` may be overwritten."""
-    value = p.to(torch.float32)
-    value.sub_(update.add_(value, alpha=decay) if decay else update)
-    store_(p, value, rounding.stochastic, stream_key(key, step, 0), start)
+def _subtract(
+    p: Tensor, x: Tensor, y: Tensor, decay: float, scratch: Sequence[Tensor], stochastic: bool, key: int, start: int
+) -> None:
+    """``p -= x y + decay p`` in one subtraction and one rounding. The second scratch tensor may hold x or y."""
+    value = as_fp32(p, scratch[0])
+    if decay:
+        value.sub_(torch.mul(x, y, out=scratch[1]).add_(value, alpha=decay))
+    else:
+        value.addcmul_(x, y, value=-1)
+    store_(p, value, stochastic, key, start)
 
 
-def _rms(param: Tensor) -> float:
-    squares = sum(torch.linalg.vector_norm(block.float()).item() ** 2 for _, (block,) in blocks(param))
-    return math.sqrt(squares / param.numel())
+def _squares(param: Tensor, moment: Moment, scratch: Scratch) -> float:
+    return sum(moment.squares(block, scratch.like(block)[0]) for _, _, (block,) in moment.blocks(param))

@@ -31,6 +31,7 @@ _RULE = {
 
 def factored_cases(warp_size: int) -> Iterator[CompileCase]:
     """Return specializations of both kernels: dtypes, layouts, tiles, and the flags that change what is compiled."""
+    flags: dict[str, Any]
     for name, dtype, layout, flags in (
         ("adafactor-bf16-aligned-stochastic", "bf16", "aligned", {"STOCHASTIC": True}),
         ("adafactor-bf16-aligned-narrow", "bf16", "aligned", {"STOCHASTIC": True, "narrow": True}),

@@ -3,7 +3,11 @@
 They are ordinary torch.optim optimizers, with groups, schedulers, closures, GradScaler and checkpoints.
 """
 
+from .adafactor import Adafactor
+from .adalomo import AdaLomo
 from .adamw import AdamW
+from .came import CAME
 from .lomo import Lomo
+from .torch_adafactor import TorchAdafactor
 
-__all__ = ["AdamW", "Lomo"]
+__all__ = ["CAME", "AdaLomo", "Adafactor", "AdamW", "Lomo", "TorchAdafactor"]

@@ -14,7 +14,7 @@ from lowmem_kernels.elementwise import adamw_
 
 from .base import LowMemOptimizer
 from .buckets import Bucket
-from .checks import CommonOptions, check_betas, check_choice, check_number
+from .checks import CommonOptions, check_betas, check_choice, check_number, check_state_dtype
 
 
 class AdamW(LowMemOptimizer):
@@ -62,8 +62,7 @@ class AdamW(LowMemOptimizer):
 
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         super().check_param(param, group)
-        if group["state_dtype"] == "param" and param.dtype is torch.float16:
-            raise TypeError("state_dtype is 'param' and a parameter is float16; allowed: bfloat16, float32")
+        check_state_dtype(param, group)
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         dtype = param.dtype if group["state_dtype"] == "param" else torch.float32

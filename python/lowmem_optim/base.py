@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -16,8 +15,8 @@ from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 
 from .buckets import Bucket
-from .checkpoint import converted_state, uid_of
-from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_names, check_param
+from .checkpoint import Foreign, converted_state, renamed, uid_of
+from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 
 StateDict = dict[str, Any]
 
@@ -37,12 +36,18 @@ class LowMemOptimizer(Optimizer):
     def __init__(self, params: ParamsT, own: dict[str, Any], common: CommonOptions) -> None:
         check_names(common, {*own, *COMMON_DEFAULTS}, unknown_is_error=True)
         defaults = {**own, **COMMON_DEFAULTS, **common}
-        check_common(defaults)
-        self.check_options(defaults)
+        self._check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
         super().__init__(params, defaults)
 
     # what a subclass says
+
+    #: how checkpoints of other optimizers load
+    foreign = Foreign()
+
+    def check_lr(self, options: Mapping[str, Any]) -> None:
+        """Raise ValueError when lr is not allowed; None is, where an optimizer that makes its own rate says so here."""
+        check_lr(options["lr"])
 
     def check_options(self, options: Mapping[str, Any]) -> None:
         """Raise ValueError when an option of this optimizer has a value that is not allowed."""
@@ -98,7 +103,7 @@ class LowMemOptimizer(Optimizer):
         for kind, group, param, grad, identity in found:
             state = self.state[param] or self._make_state(param, group, identity)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            key = (kind, *[value.dtype for value in state.values() if type(value) is not int])
+            key = (kind, *_narrow_parts(state))
             bucket = buckets.get(key)
             if bucket is None:
                 bucket = buckets[key] = Bucket(group)
@@ -138,7 +143,7 @@ class LowMemOptimizer(Optimizer):
                 bucket.transform = _with_stats(bucket.transform, group, stats.to(device, non_blocking=True))
 
     def nonfinite_count(self) -> int:
-        """Return how many NaN and Inf gradient elements were kept from parameters so far. Waits for the device."""
+        """Return how many elements, or for factored rules parameters, NaN and Inf kept still. Waits for the device."""
         return sum(int(count) for count in self._nonfinite.values())
 
     def _nonfinite_on(self, device: torch.device) -> Tensor:
@@ -158,14 +163,18 @@ class LowMemOptimizer(Optimizer):
         group = self.param_groups[-1]
         try:
             check_names(group, self.defaults, unknown_is_error=False)
-            check_common(group)
-            self.check_options(group)
+            self._check(group)
             for param in group["params"]:
                 self.check_param(param, group)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
         _place_lr(group)
+
+    def _check(self, options: Mapping[str, Any]) -> None:
+        self.check_lr(options)
+        check_common(options)
+        self.check_options(options)
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
@@ -200,7 +209,7 @@ class LowMemOptimizer(Optimizer):
             _place_lr(group)
 
     def load_state_dict(self, state_dict: StateDict) -> None:
-        """Load what `state_dict` returned, here or by another optimizer with the same state names.
+        """Load what `state_dict` returned, here or by another optimizer with the same names or those in `foreign`.
 
         Unlike torch.optim, state is never cast down to the parameters' dtype, and options that the checkpoint does not
         have keep their defaults. Raises ValueError, with nothing changed, where states do not fit the parameters.
@@ -209,17 +218,18 @@ class LowMemOptimizer(Optimizer):
 
         def take(_: Optimizer, incoming: StateDict) -> StateDict:
             """Runs after the user's pre-hooks: convert all states, and leave torch none to cast."""
-            saved_groups = incoming["param_groups"]
-            for saved in saved_groups:
-                options = {**self.defaults, **saved}
-                check_common(options)
-                self.check_options(options)
-            saved_ids = chain.from_iterable(group["params"] for group in saved_groups)
-            for saved_id, (group, param, identity) in zip(saved_ids, self._parameters(), strict=False):
+            saved_groups = [dict(self.foreign.options(group, self.defaults)) for group in incoming["param_groups"]]
+            # the options that will be in force, which also say what state there is
+            in_force = [{**self.defaults, **saved} for saved in saved_groups]
+            for options in in_force:
+                self._check(options)
+            saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
+            for (saved_id, options), (_group, param, identity) in zip(saved_params, self._parameters(), strict=False):
                 if saved_id in incoming["state"]:
-                    expected = self.new_state(torch.empty_like(param, device="meta"), group)
-                    states[param] = converted_state(incoming["state"][saved_id], expected, param, identity)
-            return {**incoming, "state": {}}
+                    expected = self.new_state(torch.empty_like(param, device="meta"), options)
+                    saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
+                    states[param] = converted_state(saved, expected, param, identity)
+            return {**incoming, "param_groups": saved_groups, "state": {}}
 
         def put(_: Optimizer) -> None:
             """Runs before the user's post-hooks."""
@@ -236,9 +246,14 @@ class LowMemOptimizer(Optimizer):
                 hook.remove()
 
 
+def _narrow_parts(state: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
+    """What of a state is not float32. Other parts may be there or not: a vector goes along with matrices."""
+    return [(k, v.dtype) for k, v in state.items() if type(v) is not int and v.dtype is not torch.float32]
+
+
 def _place_lr(group: dict[str, Any]) -> None:
     """Where capturable, put lr into a tensor beside the parameters, which a captured graph reads at each replay."""
-    if group["capturable"]:
+    if group["capturable"] and group["lr"] is not None:
         device = next((param.device for param in group["params"]), None)
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
 

@@ -31,6 +31,10 @@ class Bucket:
         """The state tensors of one name."""
         return [state[key] for state in self.states]
 
+    def optional_state(self, key: str) -> list[Tensor | None]:
+        """As `state`, with None for parameters that have none of that name."""
+        return [state.get(key) for state in self.states]
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments that all verbs share: transform, rounding, backend."""
         stochastic = rounds_stochastically(self.params[0].dtype, self.group["stochastic_rounding"])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +18,40 @@ def uid_of(identity: str | int) -> int:
     if isinstance(identity, int):
         return identity
     return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=7).digest(), "little")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """What checkpoints of other optimizers, whose names differ, have of ours.
+
+    Attributes:
+        states: {their key: ours, or None for what is not kept}. A dimension of size 1 that ours lacks goes.
+        options: (options of a saved group, our defaults) -> the options under our names.
+    """
+
+    states: Mapping[str, str | None] = field(default_factory=dict)
+    options: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]] = lambda saved, defaults: saved
+
+
+def renamed(
+    saved: Mapping[str, Any], names: Mapping[str, str | None], expected: Mapping[str, Tensor]
+) -> dict[str, Any]:
+    """Return ``saved`` under our names, as `Foreign.states` says, and in the shapes of ``expected`` where it can be."""
+    state = {}
+    for key, value in saved.items():
+        name = names.get(key, key)
+        if name is None:
+            continue
+        if name != key and isinstance(value, Tensor) and name in expected:
+            value = _without_ones(value, expected[name].shape)
+        state[name] = value
+    return state
+
+
+def _without_ones(value: Tensor, shape: torch.Size) -> Tensor:
+    """``value`` less one dimension of size 1 if that makes it of this shape, else as it is."""
+    views = [value.squeeze(dim) for dim in range(value.ndim) if value.shape[dim] == 1]
+    return next((view for view in views if view.shape == shape), value)
 
 
 def converted_state(

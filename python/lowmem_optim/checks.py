@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping
 from numbers import Real
 from typing import Any, TypedDict
 
+import torch
 from torch import Tensor
 
 from lowmem_kernels.dispatch import BACKENDS
@@ -61,11 +62,7 @@ def check_names(names: Iterable[str], known: Iterable[str], *, unknown_is_error:
 
 
 def check_common(options: Mapping[str, Any]) -> None:
-    """Check the values of CommonOptions and of lr."""
-    if not isinstance(options["lr"], Tensor):
-        check_number("lr", options["lr"])
-    elif options["lr"].numel() != 1:
-        raise ValueError(f"lr is a tensor of {options['lr'].numel()} elements; allowed: a number >= 0 or a 0-d tensor")
+    """Check the values of CommonOptions."""
     check_choice("stochastic_rounding", options["stochastic_rounding"], (None, True, False))
     if not isinstance(options["seed"], int):
         raise TypeError(f"seed is {options['seed']!r}; allowed: an integer")
@@ -75,6 +72,14 @@ def check_common(options: Mapping[str, Any]) -> None:
     check_choice("backend", options["backend"], BACKENDS)
 
 
+def check_lr(lr: Any) -> None:
+    """Raise ValueError unless ``lr`` is a number >= 0 or a tensor of one."""
+    if not isinstance(lr, Tensor):
+        check_number("lr", lr)
+    elif lr.numel() != 1:
+        raise ValueError(f"lr is a tensor of {lr.numel()} elements; allowed: a number >= 0 or a 0-d tensor")
+
+
 def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for a parameter that cannot be optimized."""
     if param.dtype not in PARAM_DTYPES:
@@ -82,6 +87,12 @@ def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     if hasattr(param, "placements"):
         raise TypeError("a parameter is a DTensor; sharded parameters are not supported yet: allowed: plain tensors")
     rounds_stochastically(param.dtype, group["stochastic_rounding"])
+
+
+def check_state_dtype(param: Tensor, group: Mapping[str, Any]) -> None:
+    """Raise TypeError for a parameter whose dtype cannot be that of its state, where the group asks for that."""
+    if group["state_dtype"] == "param" and param.dtype is torch.float16:
+        raise TypeError("state_dtype is 'param' and a parameter is float16; allowed: bfloat16, float32")
 
 
 def check_number(name: str, value: Any, *, positive: bool = False, below: float = math.inf) -> None:
@@ -96,6 +107,13 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
     """Raise ValueError unless ``value`` is one of ``allowed``."""
     if not any(value is choice or (isinstance(value, str) and value == choice) for choice in allowed):
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
+
+
+def check_clipping(options: Mapping[str, Any]) -> None:
+    """Raise ValueError unless clip_grad_norm and clip_grad_value are None or numbers > 0."""
+    for name in ("clip_grad_norm", "clip_grad_value"):
+        if options[name] is not None:
+            check_number(name, options[name], positive=True)
 
 
 def check_betas(betas: Any, count: int) -> None:

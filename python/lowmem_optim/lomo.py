@@ -13,7 +13,7 @@ from lowmem_kernels.elementwise import scaled_update_
 
 from .base import LowMemOptimizer
 from .buckets import Bucket
-from .checks import CommonOptions, check_number
+from .checks import CommonOptions, check_clipping, check_number
 
 
 class Lomo(LowMemOptimizer):
@@ -54,9 +54,7 @@ class Lomo(LowMemOptimizer):
         super().__init__(params, own, options)
 
     def check_options(self, options: Mapping[str, Any]) -> None:
-        for name in ("clip_grad_norm", "clip_grad_value"):
-            if options[name] is not None:
-                check_number(name, options[name], positive=True)
+        check_clipping(options)
         check_number("weight_decay", options["weight_decay"])
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lowmem_optim.base import LowMemOptimizer
+from optim.tensors import LAYOUTS
 
 Options = Mapping[str, Any]
 
@@ -31,6 +32,7 @@ class Peer:
     dtype: of parameters and gradients; float32 is compared at parity_tolerance.
     options: what ours is given on top of the case's options.
     before_step: called with all parameters before each of the peer's steps.
+    layouts: of the parameters that it can handle.
     unknown: options that only ours has.
     mismatches, state_mismatches: for bfloat16, the fraction of elements that may be rounded to the other neighbour.
     """
@@ -40,6 +42,7 @@ class Peer:
     dtype: torch.dtype = torch.float32
     options: Options = field(default_factory=dict)
     before_step: Callable[[list[Tensor]], object] = lambda params: None
+    layouts: Sequence[str] = tuple(LAYOUTS)
     unknown: frozenset[str] = frozenset()
     mismatches: float = 0.0
     state_mismatches: float = 0.0
@@ -51,7 +54,7 @@ class OptimizerCase:
 
     name: in test ids.
     optimizer: the class.
-    options: constructor arguments, lr included.
+    options: constructor arguments, lr included; an lr of None for a rule that makes its own.
     other_options: what a second group sets differently.
     oracle: the rule in float64 NumPy, written from the paper.
     state: (shape, dtype) of a parameter -> {key: (shape, dtype)} of its state, apart from step and uid.
@@ -61,6 +64,7 @@ class OptimizerCase:
     bounds_elements: gradient elements are clamped, so that an Inf that is not skipped acts like a large number.
     refuses_float16: with these options, float16 parameters are a TypeError.
     elementwise: where parameters are not coupled, a bad gradient element stops its own update only, not the tensor's.
+    decay: (parameter, lr) -> what weight_decay is multiplied by.
     """
 
     name: str
@@ -75,6 +79,11 @@ class OptimizerCase:
     bounds_elements: bool = False
     refuses_float16: bool = False
     elementwise: bool = True
+    decay: Callable[[np.ndarray, float], float] = lambda param, lr: lr
+
+    def state_keys(self, param: Tensor) -> list[str]:
+        """The keys of a parameter's state, apart from step and uid."""
+        return list(self.state(tuple(param.shape), param.dtype))
 
     def make(self, params: Any, **overrides: Any) -> LowMemOptimizer:
         """The optimizer over parameters, named parameters or groups."""

@@ -8,6 +8,10 @@ from optim.cases import discover
 CASES = discover()
 
 every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+#: those whose lr is a number; the others make their own of the step
+cases_with_lr = pytest.mark.parametrize(
+    "case", [case for case in CASES if case.options["lr"] is not None], ids=lambda case: case.name
+)
 stateful_cases = pytest.mark.parametrize(
     "case", [case for case in CASES if case.state((2, 2), torch.float32)], ids=lambda case: case.name
 )

@@ -46,7 +46,8 @@ def test_resuming_equals_not_stopping(case, dtype):
     optimizer = case.make_groups(params, seed=-3)
     take_steps(optimizer, params, 4)
     again = parameters_like(params)
-    resumed = case.make([{"params": again[::2]}, {"params": again[1::2]}], **OTHER)
+    other = {key: value for key, value in OTHER.items() if key != "lr" or case.options["lr"] is not None}
+    resumed = case.make([{"params": again[::2]}, {"params": again[1::2]}], **other)
     resumed.load_state_dict(saved(optimizer))
     take_steps(optimizer, params, 4, first=4)
     take_steps(resumed, again, 4, first=4)
@@ -89,27 +90,27 @@ def test_loading_never_casts_down(case):
     """bfloat16 parameters, float32 state; also where the optimizer would itself keep bfloat16 state."""
     params, optimizer = trained(case, torch.bfloat16)
     checkpoint = saved(optimizer)
-    for state in checkpoint["state"].values():
-        for key in case.state((), torch.bfloat16):
+    for param, state in zip(params, checkpoint["state"].values(), strict=True):
+        for key in case.state_keys(param):
             state[key] = torch.full_like(state[key], 1 + 2**-20, dtype=torch.float32)
     optimizer.load_state_dict(checkpoint)
     for param in params:
-        for key in case.state((), torch.bfloat16):
+        for key in case.state_keys(param):
             assert optimizer.state[param][key].dtype is torch.float32
             assert (optimizer.state[param][key] == 1 + 2**-20).all()
     take_steps(optimizer, params, 1, first=4)
-    assert all(optimizer.state[p][key].dtype is torch.float32 for p in params for key in case.state((), p.dtype))
+    assert all(optimizer.state[p][key].dtype is torch.float32 for p in params for key in case.state_keys(p))
 
 
 @stateful_cases
 def test_loading_widens_to_what_a_new_state_would_be(case):
     params, optimizer = trained(case, torch.float32)
     checkpoint = saved(optimizer)
-    keys = list(case.state((), torch.float32))
-    for state in checkpoint["state"].values():
+    for param, state in zip(params, checkpoint["state"].values(), strict=True):
+        keys = case.state_keys(param)
         state.update({key: state[key].double() if key == keys[0] else state[key].bfloat16() for key in keys})
     optimizer.load_state_dict(checkpoint)
-    assert all(optimizer.state[p][key].dtype is torch.float32 for p in params for key in keys)
+    assert all(optimizer.state[p][key].dtype is torch.float32 for p in params for key in case.state_keys(p))
 
 
 @every_case
@@ -208,7 +209,7 @@ def test_states_that_do_not_fit_raise_and_change_nothing(case, spoil):
         params = make_named_params(names=SMALL)
         optimizer = case.make(list(params.items()) if named else list(params.values()))
         take_steps(optimizer, list(params.values()), 3)
-        for key in case.state((), torch.float32):
+        for key in case.state_keys(params["transposed"]):
             checkpoint = saved(optimizer)
             take_steps(optimizer, list(params.values()), 1, first=3)
             checkpoint["state"][2][key] = spoil(checkpoint["state"][2][key])

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
 
 import lowmem_optim
 from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
@@ -90,6 +91,14 @@ def test_build_gives_each_optimizer_only_what_it_takes():
     optimizer = find("torch.sgd").build(nn.Linear(2, 2), lr=0.5, options={"momentum": 0.9, "betas": (0.9, 0.95)})
     assert optimizer.defaults["momentum"] == 0.9
     assert optimizer.defaults["lr"] == 0.5
+
+
+def test_every_optimizer_of_this_package_takes_the_commands_schedule():
+    for name in lowmem_optim.__all__:
+        choice = find(name)
+        optimizer = choice.build(nn.Linear(2, 2), lr=choice.learning_rate, options={})
+        LambdaLR(optimizer, lambda step: 0.5)
+        assert optimizer.param_groups[0]["lr"] == 0.5 * choice.learning_rate
 
 
 def test_build_names_the_optimizer_that_rejects_a_value():

@@ -8,7 +8,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from optim.every import both_dtypes, every_case
+from optim.every import both_dtypes, cases_with_lr, every_case
 from optim.tensors import assert_same_bits, assert_same_states, copies, make_params, states_of, values
 
 
@@ -74,7 +74,7 @@ def test_round_trip_of_flattened_state(case):
     assert_carries_on(case, torch.bfloat16, lambda model: case.make(model.parameters()), options)
 
 
-@every_case
+@cases_with_lr
 def test_round_trip_of_two_groups_with_a_tensor_lr(case):
     def make(model):
         params = list(model.parameters())

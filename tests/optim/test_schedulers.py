@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.optim import lr_scheduler
 
-from optim.every import both_dtypes, every_case
+from optim.every import both_dtypes, cases_with_lr
 from optim.tensors import SMALL, assert_same_bits, assert_same_values, copies, make_params, take_steps
 
 SCHEDULERS = {
@@ -35,7 +35,7 @@ def run_scheduled(case, dtype, make_scheduler, wrap_lr):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-@every_case
+@cases_with_lr
 def test_every_step_reads_the_options_of_its_group(case, name):
     """Each step equals one of an optimizer whose lr (and betas, for OneCycleLR) are written by hand."""
     params, _, options = run_scheduled(case, torch.float32, SCHEDULERS[name], float)
@@ -53,7 +53,7 @@ def test_every_step_reads_the_options_of_its_group(case, name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @both_dtypes
-@every_case
+@cases_with_lr
 def test_lr_in_a_tensor_equals_a_number(case, name, dtype):
     """A float32 tensor holds lr to 2**-25, so float32 parameters are 50 spacings of the way they went apart at most.
 
@@ -70,7 +70,7 @@ def test_lr_in_a_tensor_equals_a_number(case, name, dtype):
 
 
 @both_dtypes
-@every_case
+@cases_with_lr
 def test_exact_tensor_lr_gives_the_bits_of_the_number(case, dtype):
     results = []
     for lr in (2**-6, torch.tensor(2**-6), torch.tensor([2**-6]), torch.tensor(2**-6, dtype=torch.float64)):
@@ -81,7 +81,7 @@ def test_exact_tensor_lr_gives_the_bits_of_the_number(case, dtype):
         assert_same_bits(other, results[0])
 
 
-@every_case
+@cases_with_lr
 def test_capturable_keeps_lr_in_a_tensor_on_the_parameters_device(case):
     params, others = make_params(names=SMALL), make_params(names=SMALL)
     optimizer, plain = case.make(params, lr=2**-6, capturable=True), case.make(others, lr=2**-6)
@@ -99,7 +99,7 @@ def test_capturable_keeps_lr_in_a_tensor_on_the_parameters_device(case):
     assert case.make(params, lr=given, capturable=True).param_groups[0]["lr"] is given
 
 
-@every_case
+@cases_with_lr
 def test_keys_that_schedulers_leave_are_accepted_in_new_groups(case):
     """Trainers rebuild optimizers from the groups of another one."""
     _, optimizer, _ = run_scheduled(case, torch.float32, SCHEDULERS["one-cycle"], float)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lowmem_kernels.numerics import name_of
-from optim.every import CASES, both_dtypes, every_case
+from optim.every import CASES, both_dtypes, cases_with_lr, every_case
 from optim.tensors import (
     Unchanged,
     assert_same_bits,
@@ -147,7 +147,7 @@ def test_copies_carry_on_alike_and_share_nothing(case, duplicate, dtype):
 
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float-lr", "tensor-lr"])
 @both_dtypes
-@every_case
+@cases_with_lr
 def test_zero_gradients_with_lr_0_change_no_parameter_bit(case, tensor_lr, dtype):
     """How torch.distributed.checkpoint creates state. Weight decay and stochastic rounding are on, -0.0 is included."""
     params, starts = make_params(dtype), make_params(dtype)

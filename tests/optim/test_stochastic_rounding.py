@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from optim.every import every_case
+from optim.every import cases_with_lr, every_case
 from optim.tensors import (
     LAYOUTS,
     SMALL,
@@ -72,7 +72,7 @@ def test_equal_parameters_get_different_noise(case):
         assert not torch.equal(*params)
 
 
-@every_case
+@cases_with_lr
 def test_noise_changes_from_step_to_step(case):
     """The same small step again and again; with one noise for all, an element would always fall to the same side."""
     param = nn.Parameter(torch.ones(256, dtype=torch.bfloat16))
@@ -132,7 +132,7 @@ def test_each_write_goes_to_one_of_the_two_neighbours(case):
         assert (distance < 2**-7 * torch.maximum(rounded.abs(), exact.abs()) + 1e-30).all()
 
 
-@every_case
+@cases_with_lr
 def test_a_thousand_tiny_steps_move_as_far_as_in_float32(case):
     """Steps of at most 1/40 of a spacing, which rounding to nearest would all drop.
 

@@ -20,6 +20,9 @@ from lowmem_optim.checks import COMMON_DEFAULTS
 #   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
 LEARNING_RATES = {"AdamW": 2e-3, "Lomo": 0.5, "SGD": 0.5}
 
+# Arguments without which the rate above is not taken, or not what it says
+OPTIONS: dict[str, dict[str, Any]] = {"Adafactor": {"relative_step": False, "scale_parameter": False}}
+
 # Arguments with a command-line option of their own
 NAMED_OPTIONS = {
     "lr": "--lr",
@@ -46,7 +49,8 @@ class Choice:
     @property
     def learning_rate(self) -> float:
         """The rate swept for the default task, else the constructor's own default."""
-        return LEARNING_RATES.get(self.cls.__name__, inspect.signature(self.cls).parameters["lr"].default)
+        own = LEARNING_RATES.get(self.name, LEARNING_RATES.get(self.cls.__name__))
+        return inspect.signature(self.cls).parameters["lr"].default if own is None else own
 
     @property
     def arguments(self) -> set[str]:
@@ -64,6 +68,7 @@ class Choice:
 
         Raises ValueError naming the optimizer when its constructor rejects an option.
         """
+        options = {**OPTIONS.get(self.name, {}), **options}
         own = {key: value for key, value in options.items() if self.takes(key)}
         try:
             return self.cls(model.named_parameters(), lr=lr, **own)  # type: ignore[call-arg]

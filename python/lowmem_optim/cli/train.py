@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowmem_optim.cli.registry import Choice
 
 DEFAULT_OPTIMIZER = "adamw"
-DEFAULT_COMPARISON = "lomo"
+DEFAULT_COMPARISON = ("adalomo", "adafactor")
 ALL_DIVERGED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
@@ -44,7 +44,7 @@ def train_command(
             COMPARED,
             "Another optimizer to train. Repeatable.",
             *("-c", "--compare"),
-            default=f"{DEFAULT_COMPARISON}, unless -o is given",
+            default=f"{', '.join(DEFAULT_COMPARISON)}, unless -o is given",
         ),
     ] = None,
     lr: Annotated[
@@ -103,7 +103,7 @@ def train_command(
     from lowmem_optim.cli.model import ModelConfig
 
     if compare is None and optimizer is None:
-        compare = [DEFAULT_COMPARISON]
+        compare = [*DEFAULT_COMPARISON]
     with _blaming("--optimizer"):
         choices = [registry.find(optimizer or DEFAULT_OPTIMIZER)]
     with _blaming("--compare"):

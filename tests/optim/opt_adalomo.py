@@ -1,0 +1,115 @@
+"""AdaLomo: 2310.10195, with the square root, eps1 and decay rate of the package lomo-optim, which is its peer."""
+
+from unittest import mock
+
+import numpy as np
+import torch
+from lomo_optim import AdaLomo as Package
+from torch import nn
+
+from lowmem_optim import AdaLomo
+from optim.cases import OptimizerCase, Peer
+from optim.factored import WRONG_CLIP, WRONG_COMMON, WRONG_RATE, adafactor, factors, scaled_by_parameter
+
+
+def oracle(params, grads, options):
+    """Adafactor's rule with an lr: what is divided and multiplied by RMS is called grouped normalization there."""
+    options = [[{**o, "relative_step": False} for o in os] for os in options]
+    return adafactor(params, grads, options, transform=clip_as_lomo)
+
+
+def clip_as_lomo(grads, options):
+    norm = np.sqrt(sum(np.sum(g**2) for g in grads))
+    for g, o in zip(grads, options, strict=True):
+        if o.get("clip_grad_value") is not None:
+            g = np.clip(g, -o["clip_grad_value"], o["clip_grad_value"])
+        if o.get("clip_grad_norm") is not None:
+            g = g * min(1.0, o["clip_grad_norm"] / (norm + 1e-6))
+        yield g
+
+
+class OfPackage(torch.optim.Optimizer):
+    """lomo_optim.AdaLomo, which updates in hooks of the backward pass and knows one lr, as an optimizer with groups."""
+
+    def __init__(self, groups):
+        super().__init__(groups, {"lr": 1.0})
+        self.parts = []
+        for group in self.param_groups:
+            options = {k: v for k, v in group.items() if k not in ("params", "lr", "clip_grad_norm", "clip_grad_value")}
+            # it puts its state on a GPU, whatever the parameters are on
+            with mock.patch.object(torch.Tensor, "cuda", lambda tensor: tensor):
+                self.parts.append(Package(nn.ParameterList(group["params"]), loss_scale=None, **options))
+
+    def step(self):
+        for part, group in zip(self.parts, self.param_groups, strict=True):
+            part.lr = group["lr"]
+            part.step_num += 1
+            part.grad_func(None)
+
+
+def clip_before(params):
+    norm = torch.nn.utils.get_total_norm([p.grad for p in params])
+    torch.nn.utils.clip_grad_value_(params, MAX_VALUE)
+    for param in params:
+        param.grad.mul_((MAX_NORM / (norm + 1e-6)).clamp(max=1.0))
+
+
+def peer(dtype=torch.float32, before_step=lambda params: None):
+    """The package allocates states of shape[0] and shape[1] elements, so that it takes vectors and matrices only."""
+    half = dtype is torch.bfloat16
+    return Peer(
+        "lomo-optim-bf16" if half else "lomo-optim",
+        OfPackage,
+        dtype,
+        {"stochastic_rounding": False} if half else {},
+        before_step=before_step,
+        unknown=frozenset({"stochastic_rounding"}),
+        # as in opt_adafactor.py: the package rounds once, too
+        mismatches=0.002,
+        layouts=("vector", "matrix", "one_row", "one_column", "transposed", "strided"),
+    )
+
+
+#: as in opt_lomo.py: some steps' norms are larger, and some elements
+MAX_NORM = 25.0
+MAX_VALUE = 0.7
+OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
+OTHER_OPTIONS = {"lr": 3e-3, "eps": (1e-2, 2.0), "clip_threshold": 0.6, "decay_rate": -0.5}
+WRONG = [
+    *WRONG_COMMON,
+    *WRONG_CLIP,
+    *WRONG_RATE,
+    ("clip_grad_norm", 0.0),
+    ("clip_grad_norm", -1.0),
+    ("clip_grad_value", float("inf")),
+    ("clip_grad_value", "1"),
+]
+
+
+def adalomo_case(name, peers, **fields):
+    options = {**OPTIONS, **fields.pop("options", {})}
+    return OptimizerCase(
+        name=name,
+        optimizer=AdaLomo,
+        options=options,
+        other_options=OTHER_OPTIONS,
+        oracle=oracle,
+        state=lambda shape, dtype: factors(shape),
+        wrong=WRONG,
+        peers=peers,
+        elementwise=False,
+        decay=scaled_by_parameter,
+        **fields,
+    )
+
+
+CASES = [
+    adalomo_case("adalomo", [peer(), peer(torch.bfloat16)]),
+    adalomo_case(
+        "adalomo-clip",
+        [peer(before_step=clip_before)],
+        options={"clip_grad_norm": MAX_NORM, "clip_grad_value": MAX_VALUE},
+        couples_parameters=True,
+        bounds_elements=True,
+    ),
+]
