@@ -21,10 +21,11 @@ def pytest_configure(config):
     # two workers share the processors, and sums do not depend on how many there are
     torch.set_num_threads(1)
     if INTERPRETING:
-        from lowmem_kernels.testing.interpreter import install_fast_calls, install_round_to_nearest
+        from lowmem_kernels.testing import interpreter
 
-        install_fast_calls()
-        install_round_to_nearest()
+        interpreter.install_fast_calls()
+        interpreter.install_fp32_arguments()
+        interpreter.install_round_to_nearest()
 
 
 def pytest_collect_file(file_path, parent):

@@ -11,14 +11,14 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..device import device_facts, launching_on
+from ..device import device_facts, is_capturing, launching_on, stream_id
 from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
-from ..table import Layout, counters, device_vector
+from ..table import ALIGNMENT, Layout, counters, device_vector
 from .fields import COLUMNS, COUNTERS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import Shape, geometry_of, layout_of, parts_of, schedule_of, tile_of
+from .schedule import Schedule, Shape, geometry_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -123,45 +123,48 @@ def _launch(
     if not params:
         return
     device = params[0].device
-    warp_size = device_facts(device).warp_size
-    keys = rounding.keys(len(params))
     addresses = [_addresses(columns.get(name), len(params)) for name in COLUMNS]
-    geometries = [geometry_of(p, g) for p, g in zip(params, grads, strict=True)]
     # of the columns that are read as tiles
     tiled = [addresses[COLUMNS.index(name)] for name in ("param", "grad", "row", "exp_avg")]
-    kinds: dict[tuple[Shape, Layout], list[int]] = {}
-    for i, geometry in enumerate(geometries):
-        layout = layout_of(geometry, [column[i] for column in tiled])
-        kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
-    for (tile, layout), members in kinds.items():
-        plan = plan_factored(tile, layout, warp_size, momentum=arguments.get("MOMENTUM", False))
-        for part in parts_of([geometries[i] for i in members], tile, "residual" in phases):
-            chosen = [members[k] for k in part]
-            schedule = _schedule(tuple(geometries[i] for i in chosen), tile, tuple(keys[i] for i in chosen), phases)
-            table = device_vector(schedule.values, device)
-            pointers = device_vector(tuple([column[i] for i in chosen for column in addresses]), device)
-            scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
-            for launch in schedule.launches:
-                with launching_on(device):
-                    kernel[(launch.tickets,)](
-                        table, pointers, scratch, counters(len(COUNTERS) * len(chosen), device),
-                        transform.skipped, transform.found_inf,
-                        schedule.rows_start, launch.segment, launch.segments, launch.ticket,
-                        scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                        clip_value=None if transform.clip_value is None else float(transform.clip_value),
-                        clip_coef=transform.clip_coef,
-                        PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
-                        STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
-                        ALIGNED=layout.aligned, STRIDED=layout.strided,
-                        STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
-                        BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols,
-                        **plan.options(), **arguments,
-                    )  # fmt: skip
+    aligned = tuple([(p | g | row | m) % ALIGNMENT == 0 for p, g, row, m in zip(*tiled, strict=True)])
+    geometries = tuple([geometry_of(p, g) for p, g in zip(params, grads, strict=True)])
+    for schedule in _schedules(geometries, aligned, tuple(rounding.keys(len(params))), phases):
+        momentum = arguments.get("MOMENTUM", False)
+        plan = plan_factored(schedule.tile, schedule.layout, device_facts(device).warp_size, momentum)
+        pointers = device_vector(tuple([column[i] for i in schedule.members for column in addresses]), device)
+        scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
+        for launch in schedule.launches:
+            with launching_on(device):
+                kernel[(launch.tickets,)](
+                    _table(schedule, device), pointers, scratch,
+                    counters(len(COUNTERS) * len(schedule.members), device), transform.skipped, transform.found_inf,
+                    schedule.rows_start, launch.segment, launch.segments, launch.ticket,
+                    scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
+                    clip_value=None if transform.clip_value is None else float(transform.clip_value),
+                    clip_coef=transform.clip_coef,
+                    PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
+                    STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
+                    ALIGNED=schedule.layout.aligned, STRIDED=schedule.layout.strided,
+                    STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
+                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(), **arguments,
+                )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)
 
 
-_schedule = lru_cache(maxsize=256)(schedule_of)
+_schedules = lru_cache(maxsize=64)(schedules_of)
+
+
+def _table(schedule: Schedule, device: torch.device) -> Tensor:
+    if is_capturing(device):
+        return device_vector(schedule.values, device)
+    return _cached_table(schedule, device, stream_id(device))
+
+
+@lru_cache(maxsize=256)
+def _cached_table(schedule: Schedule, device: torch.device, stream: int) -> Tensor:
+    # schedules are compared by identity here; by contents would take longer than all else
+    return device_vector(schedule.values, device)
 
 
 def _addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:

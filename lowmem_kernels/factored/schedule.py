@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..table import ALIGNMENT, Layout, collapse
+from ..table import Layout, collapse
 from .fields import FIELDS, PHASES, SCALARS, SEGMENT, SLAB
 
 #: Groups of rows of a parameter at most. Each has its own column sums, 8 bytes for each column, which cost more the
@@ -58,10 +58,17 @@ class Launch:
     segments: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Schedule:
-    """A table for the kernels, where its rows start, its launches by phase, and the float32 elements of scratch."""
+    """Parameters that are worked off together: which of the list, in what tiles, and what may be assumed of them.
 
+    ``values`` is the table for the kernels, whose rows start at ``rows_start``; ``launches`` are its phases;
+    ``scratch`` counts float32 elements.
+    """
+
+    members: tuple[int, ...]
+    tile: Shape
+    layout: Layout
     values: tuple[int, ...]
     rows_start: int
     launches: tuple[Launch, ...]
@@ -74,11 +81,36 @@ def geometry_of(param: Tensor, grad: Tensor) -> Geometry:
     return Geometry(tuple(param.shape), None if contiguous else (param.stride(), grad.stride()))
 
 
-def layout_of(geometry: Geometry, addresses: Sequence[int]) -> Layout:
+def schedules_of(
+    geometries: Sequence[Geometry], aligned: Sequence[bool], keys: Sequence[int], phases: Sequence[str]
+) -> tuple[Schedule, ...]:
+    """Return the schedules of a list of parameters: one for each tile and layout, and for each part of those.
+
+    Args:
+        geometries: of the parameters.
+        aligned: whether all tensors of a parameter that are read in tiles start at multiples of 16 bytes.
+        keys: of the parameters' rounding noise.
+        phases: of the rule, in order.
+    """
+    kinds: dict[tuple[Shape, Layout], list[int]] = {}
+    for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
+        layout = layout_of(geometry, starts_aligned)
+        kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
+    schedules = []
+    for (tile, layout), members in kinds.items():
+        rows = [_Row(geometries[i], tile, "residual" in phases) for i in members]
+        for part in _parts(rows):
+            chosen = tuple(members[part.start : part.stop])
+            schedules.append(
+                _schedule(chosen, tile, layout, rows[part.start : part.stop], [keys[i] for i in chosen], phases)
+            )
+    return tuple(schedules)
+
+
+def layout_of(geometry: Geometry, aligned: bool) -> Layout:
     """Return what may be assumed of a parameter: 16-byte accesses need rows of whole vectors at aligned addresses."""
     whole = (geometry.shape[-1] if geometry.shape else 1) % 8 == 0
-    aligned = geometry.strides is None and whole and not any(address % ALIGNMENT for address in addresses)
-    return Layout(aligned, geometry.strides is not None)
+    return Layout(aligned and whole and geometry.strides is None, geometry.strides is not None)
 
 
 def tile_of(geometry: Geometry, layout: Layout) -> Shape:
@@ -92,22 +124,26 @@ def tile_of(geometry: Geometry, layout: Layout) -> Shape:
     return narrow if len(shape) >= 2 and shape[-1] <= 2 * narrow.cols else wide
 
 
-def parts_of(geometries: Sequence[Geometry], tile: Shape, residual: bool) -> Iterator[range]:
+def _parts(rows: Sequence[_Row]) -> Iterator[range]:
     """Cut a list into ranges whose scratch is at most SCRATCH_BYTES, or that have one parameter."""
     start, size = 0, 0
-    for i, geometry in enumerate(geometries):
-        needed = 4 * _Row(geometry, tile, residual).scratch
-        if i > start and size + needed > SCRATCH_BYTES:
+    for i, row in enumerate(rows):
+        if i > start and size + 4 * row.scratch > SCRATCH_BYTES:
             yield range(start, i)
             start, size = i, 0
-        size += needed
-    if start < len(geometries):
-        yield range(start, len(geometries))
+        size += 4 * row.scratch
+    yield range(start, len(rows))
 
 
-def schedule_of(geometries: Sequence[Geometry], tile: Shape, keys: Sequence[int], phases: Sequence[str]) -> Schedule:
-    """Return the schedule of parameters that share a tile: phases one after the other, each through all parameters."""
-    rows = [_Row(geometry, tile, "residual" in phases) for geometry in geometries]
+def _schedule(
+    members: tuple[int, ...],
+    tile: Shape,
+    layout: Layout,
+    rows: Sequence[_Row],
+    keys: Sequence[int],
+    phases: Sequence[str],
+) -> Schedule:
+    """Phases one after the other, each through all parameters."""
     segments: list[int] = []
     launches = []
     ticket = 0
@@ -128,7 +164,7 @@ def schedule_of(geometries: Sequence[Geometry], tile: Shape, keys: Sequence[int]
         values += row.values(key, scratch, dims_start + len(dims))
         dims += row.dims
         scratch += row.scratch
-    return Schedule(tuple(values + dims), rows_start, tuple(launches), scratch)
+    return Schedule(members, tile, layout, tuple(values + dims), rows_start, tuple(launches), scratch)
 
 
 class _Row:

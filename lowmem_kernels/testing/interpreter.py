@@ -1,12 +1,17 @@
-"""Make Triton's interpreter convert to and from bfloat16 as GPUs do, and call functions in less than milliseconds."""
+"""Make Triton's interpreter convert to and from bfloat16 and take numbers as GPUs do, and call functions faster."""
 
+from dataclasses import replace
+from functools import cache
 from inspect import ismodule
 from typing import Any
 
 import numpy as np
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder, TensorHandle
 
+_triton_argument = interpreter._implicit_cvt
+_scalar_dtype = cache(interpreter._get_np_dtype)
 _triton_cast = InterpreterBuilder.cast_impl
 _triton_call = InterpretedFunction.__call__
 
@@ -28,19 +33,48 @@ def install_fast_calls() -> None:
     """Patch Triton's interpreter so that a call of one @triton.jit function by another takes microseconds.
 
     Seen in 3.7.1: each such call prepares triton.language anew for interpretation, 2 ms, although the kernel that it
-    comes from has done so: two thirds of the time of a kernel made of many functions. Call it before kernels run.
+    comes from has done so: two thirds of the time of a kernel made of many functions. Of the rest a fifth are sums and
+    products of int32 that are done again in 64 bits and then not looked at, and a tenth a dict of all dtypes, built anew
+    wherever one is looked up. Call it before kernels run.
     """
     InterpretedFunction.__call__ = _call
+    interpreter._get_np_dtype = _np_dtype
+    builder = interpreter.interpreter_builder
+    builder.options = replace(builder.options, sanitize_overflow=builder.options.debug)
+
+
+def install_fp32_arguments() -> None:
+    """Patch Triton's interpreter so that a float argument is a float32, as on GPUs.
+
+    Seen in 3.7.1: it stays a Python number, in whose double precision 1e-30 has a square and 3e38 a double. Call it
+    before kernels run.
+    """
+    interpreter._implicit_cvt = _argument
+
+
+def _argument(value: Any) -> Any:
+    """Stand-in for `_implicit_cvt`, through which every argument that is no constexpr goes."""
+    if isinstance(value, float):
+        return tl.tensor(TensorHandle(np.array([value], dtype=np.float32), tl.float32), tl.float32)
+    return _triton_argument(value)
 
 
 def _call(function: InterpretedFunction, *args: Any, **kwargs: Any) -> Any:
     """Stand-in for `InterpretedFunction.__call__`, which a kernel's calls of other functions go to."""
-    prepared = not any(
-        value in (tl, tl.core) and tl.core.is_builtin(value.full)
-        for value in function.fn.__globals__.values()
-        if ismodule(value)
-    )
+    prepared = not any(tl.core.is_builtin(language.full) for language in _languages(function))
     return function.rewrite()(*args, **kwargs) if prepared else _triton_call(function, *args, **kwargs)
+
+
+@cache
+def _languages(function: InterpretedFunction) -> list[Any]:
+    """What the function's module calls triton.language."""
+    return [value for value in function.fn.__globals__.values() if ismodule(value) and value in (tl, tl.core)]
+
+
+def _np_dtype(kind: Any) -> np.dtype[Any]:
+    """Stand-in for `_get_np_dtype`."""
+    pointer = isinstance(kind.scalar, tl.pointer_type)
+    return np.dtype(np.uint64) if pointer else _scalar_dtype(kind.scalar)
 
 
 def _cast(builder: InterpreterBuilder, source: TensorHandle, target: tl.dtype) -> TensorHandle:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+import parity
 from buckets import ADAMW, FP32, NAMES, SCALED_UPDATE, VARIED, assert_same_buckets, make_bucket, set_gradients
 from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import grad_stats
@@ -17,11 +18,9 @@ from lowmem_kernels.testing import (
     PRECISIONS,
     SHAPES,
     Precision,
-    assert_parity,
     assert_rounded,
     assert_same_bits,
     make_tensors,
-    ulp,
 )
 
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.float32, stochastic=True)
@@ -43,22 +42,9 @@ def both(cases, precision, verb, transform=None, steps=1, prepare=None, **option
 
 
 def assert_close(actual, expected, start, steps):
-    """fp32 tensors within the project's parity bound. Narrower ones within 16 units of 2**-24 of the largest old value
-    (what cancels in m), plus one spacing of their dtype where the fp32 results lie on two sides of a rounding boundary:
-    each of ``steps`` roundings can move one element by one.
-
-    Such elements are rare. The fp32 results are some 10 of their spacings apart, of 2**13 (fp16) or 2**16 (bf16) that
-    lie between boundaries: at most 3 in 1000 for each step, where another noise or formula would move 1 of 3.
-    """
     for name, column, other, old in zip(NAMES, actual.columns(), expected.columns(), start, strict=True):
-        for i, (a, e, s) in enumerate(zip(column, other, old, strict=True)):
-            if a.dtype is torch.float32:
-                assert_parity(a, e, s, steps, f"{name}[{i}]")
-                continue
-            wrong = (a != e).sum().item()
-            assert wrong <= 1 + 0.003 * steps * a.numel(), f"{name}[{i}]: {wrong} of {a.numel()} elements differ"
-            allowed = steps * ulp(e, e.dtype) + (2.0**-20 * s.double().abs().max() if s.numel() else 0)
-            assert ((a.double() - e.double()).abs() <= allowed).all(), f"{name}[{i}]: by more than {steps} spacings"
+        for i, tensors in enumerate(zip(column, other, old, strict=True)):
+            parity.assert_close(*tensors, steps, f"{name}[{i}]")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS, ids=str)

@@ -1,4 +1,4 @@
-"""The byte counter and the rounding patch, on kernels small enough to count by hand."""
+"""The byte counter and the patches of the interpreter, on kernels small enough to count by hand."""
 
 from collections.abc import Iterator
 
@@ -44,6 +44,11 @@ def _cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, MODE: tl.constexpr):
     if MODE == "toward zero":
         x = x.to(y_ptr.dtype.element_ty, fp_downcast_rounding="rtz")
     tl.store(y_ptr + offs, x)
+
+
+@triton.jit
+def _square_kernel(y_ptr, x):
+    tl.store(y_ptr, x * x)
 
 
 @pytest.mark.parametrize(("dtype", "item"), [(torch.bfloat16, 2), (torch.float32, 4), (torch.float64, 8)])
@@ -185,3 +190,12 @@ def test_every_bf16_becomes_the_same_fp32() -> None:
 def test_other_types_to_bf16(dtype: torch.dtype) -> None:
     x = torch.randint(-1000, 1000, (1 << 10,)).to(dtype)
     _assert_same_bits(_cast(x, torch.bfloat16, "explicit"), x.to(torch.bfloat16))
+
+
+@pytest.mark.parametrize(("x", "square"), [(1e-30, 0.0), (1e30, float("inf")), (3, 9.0)])
+def test_numbers_are_fp32(x: float, square: float) -> None:
+    """As on a GPU, and unlike Python numbers, whose squares would be 1e-60 and 1e60."""
+    y = torch.full((1,), torch.nan, dtype=torch.float64)
+    with np.errstate(over="ignore"):
+        _square_kernel[(1,)](y, x)
+    assert y.item() == square

@@ -4,23 +4,40 @@ import inspect
 
 import pytest
 
-from lowmem_kernels import elementwise
+from lowmem_kernels import elementwise, factored
 from lowmem_kernels.elementwise import launch, reference
+from lowmem_kernels.factored import reference as factored_reference
+
+#: The modules that implement each family.
+IMPLEMENTATIONS = {elementwise: [reference, launch], factored: [factored_reference]}
+VERBS = [(family, name) for family in IMPLEMENTATIONS for name in family.__all__ if name.islower()]
+EVERYWHERE = [(*verb, module) for verb in VERBS for module in IMPLEMENTATIONS[verb[0]]]
 
 
-@pytest.mark.parametrize("verb", elementwise.__all__)
-@pytest.mark.parametrize("module", [reference, launch], ids=["reference", "launch"])
-def test_signatures_agree(verb, module):
+def name_of(parameter):
+    """Of a module the last part."""
+    return parameter if isinstance(parameter, str) else parameter.__name__.rpartition(".")[2]
+
+
+def test_verbs_are_found():
+    """A class beside them is no verb."""
+    names = [name for _, name in VERBS]
+    assert names == ["adamw_", "grad_stats", "scaled_update_", "confidence_update_", "factored_update_"]
+    assert all(inspect.isfunction(getattr(family, name)) for family, name in VERBS)
+
+
+@pytest.mark.parametrize(("family", "verb", "module"), EVERYWHERE, ids=name_of)
+def test_signatures_agree(family, verb, module):
     """The verb adds `backend` and the defaults, which the implementations are always given."""
-    public = inspect.signature(getattr(elementwise, verb)).parameters
+    public = inspect.signature(getattr(family, verb)).parameters
     private = inspect.signature(getattr(module, verb)).parameters
     expected = [(name, p.kind, p.annotation) for name, p in public.items() if name != "backend"]
     assert [(name, p.kind, p.annotation) for name, p in private.items()] == expected
 
 
-@pytest.mark.parametrize("verb", elementwise.__all__)
-def test_docstrings_name_every_argument(verb):
-    function = getattr(elementwise, verb)
+@pytest.mark.parametrize(("family", "verb"), VERBS, ids=name_of)
+def test_docstrings_name_every_argument(family, verb):
+    function = getattr(family, verb)
     documented = inspect.getdoc(function).partition("Args:")[2]
     missing = [name for name in inspect.signature(function).parameters if name not in documented]
     assert not missing

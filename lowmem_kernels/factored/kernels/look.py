@@ -59,6 +59,9 @@ from .walk import (
     widths,
 )
 
+# the smallest normal number: 1/R of smaller ones may be Inf, so that the column sums do not tell the sum of u²
+_TINY = tl.constexpr(2.0**-126)
+
 
 @triton.jit
 def sum_squares_tile(
@@ -195,7 +198,7 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)
                 min_c = tl.min(tl.where((cols < m) & (sum_q > 0.0), c, float("inf")))
-                floored = tl.where(min_r / mean_r * min_c < eps * eps, 1.0, floored)
+                floored = tl.where(min_r / mean_r * min_c <= tl.maximum(eps * eps, _TINY), 1.0, floored)
             else:
                 c = lerp(old_c, sum_q / n + eps, weight)
             tl.store(scratch(at, NEW_COL) + e * m + cols, c, mask=cols < m)

@@ -37,7 +37,7 @@ def full_moment(v, g, moments, EPS_FLOOR: tl.constexpr):
     weight, eps = moments
     if EPS_FLOOR:
         v = lerp(v, g * g, weight)
-        return v, tl.rsqrt(tl.maximum(v, eps * eps))
+        return v, safe_rsqrt(tl.maximum(v, eps * eps))  # the square of a small eps is 0
     else:
         v = lerp(v, g * g + eps, weight)
         return v, safe_rsqrt(v)
