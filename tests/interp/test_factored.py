@@ -180,7 +180,9 @@ def spoil(grad, value):
 SOME = [case for case in SHAPES if case.name in ("seven", "row", "odd_matrix", "experts", "transposed_param")]
 
 
-@pytest.mark.parametrize(("value", "clip_value"), [(torch.nan, None), (torch.inf, 0.5), (-torch.inf, None), (3e30, None)])
+@pytest.mark.parametrize(
+    ("value", "clip_value"), [(torch.nan, None), (torch.inf, 0.5), (-torch.inf, None), (3e30, None)]
+)
 @pytest.mark.parametrize("precision", [FP32, BF16_SR], ids=str)
 @pytest.mark.parametrize("name", ["external", "torch", "came"])
 def test_a_nonfinite_gradient_skips_its_parameter(name, precision, value, clip_value):

@@ -30,19 +30,19 @@ shorter, longer, none = (lambda c: c[:-1]), (lambda c: [*c, c[0]]), (lambda c: [
 strided = lambda t: torch.stack([t, t], -1)[..., 0]  # noqa: E731
 
 WRONG = {
-    "grads_short": ("grads", None, shorter, ValueError, r"grads has 2 tensors; allowed: 3, one for each"),
-    "grads_none": ("grads", None, none, ValueError, r"grads has 0 tensors; allowed: 3"),
+    "grads_short": ("grads", None, shorter, ValueError, r"grads has 2 entries; allowed: 3, one for each"),
+    "grads_none": ("grads", None, none, ValueError, r"grads has 0 entries; allowed: 3"),
     "grad_device": ("grads", 1, meta, ValueError, r"grads\[1\] is on meta; allowed: cpu"),
     "grad_shape": ("grads", 0, lambda t: t.t(), ValueError, r"grads\[0\] has shape \(6, 4\); allowed: \(4, 6\)"),
     "grad_mixed": ("grads", 2, half, TypeError, r"grads\[2\] is float16; allowed: float32, as grads\[0\]"),
-    "params_long": ("params", None, longer, ValueError, r"grads has 3 tensors; allowed: 4"),
+    "params_long": ("params", None, longer, ValueError, r"grads has 3 entries; allowed: 4"),
     "param_float64": ("params", 0, double, TypeError, r"params\[0\] is float64; allowed: float32, bfloat16, float16"),
     "param_mixed": ("params", 1, bf16, TypeError, r"params\[1\] is bfloat16; allowed: float32, as params\[0\]"),
-    "steps_long": ("steps", None, longer, ValueError, r"steps has 4 tensors; allowed: 3"),
+    "steps_long": ("steps", None, longer, ValueError, r"steps has 4 entries; allowed: 3"),
     "step_dtype": ("steps", 1, lambda t: t.long(), TypeError, r"steps\[1\] is int64; allowed: float32"),
     "step_1d": ("steps", 2, lambda t: t[None], ValueError, r"steps\[2\] has shape \(1,\); allowed: \(\)"),
     "step_device": ("steps", 0, meta, ValueError, r"steps\[0\] is on meta; allowed: cpu"),
-    "rows_short": ("rows", None, shorter, ValueError, r"rows has 2 tensors; allowed: 3"),
+    "rows_short": ("rows", None, shorter, ValueError, r"rows has 2 entries; allowed: 3"),
     "row_bf16": ("rows", 0, bf16, TypeError, r"rows\[0\] is bfloat16; allowed: float32"),
     "row_shape": ("rows", 0, lambda t: torch.zeros(6), ValueError, r"rows\[0\] has shape \(6,\); allowed: \(4,\)"),
     "row_keepdim": (
@@ -57,13 +57,13 @@ WRONG = {
     "row_device": ("rows", 1, meta, ValueError, r"rows\[1\] is on meta; allowed: cpu"),
     "cols_short": ("cols", None, shorter, ValueError, r"cols has 2 entries; allowed: 3, one for each parameter"),
     "cols_none": ("cols", None, none, ValueError, r"cols has 0 entries; allowed: 3"),
-    "col_missing": ("cols", 2, nothing, ValueError, r"cols\[2\] is None; allowed: a tensor, .*shape \(2, 3, 5\)"),
-    "col_superfluous": ("cols", 1, something, ValueError, r"cols\[1\] is a tensor; allowed: None, .*shape \(5,\)"),
+    "col_missing": ("cols", 2, nothing, ValueError, r"cols\[2\] is None; allowed: a tensor of shape \(2, 5\)"),
+    "col_superfluous": ("cols", 1, something, ValueError, r"cols\[1\] is a tensor; allowed: None"),
     "col_half": ("cols", 0, half, TypeError, r"cols\[0\] is float16; allowed: float32"),
     "col_shape": ("cols", 0, lambda t: torch.zeros(4), ValueError, r"cols\[0\] has shape \(4,\); allowed: \(6,\)"),
     "col_shape_last": ("cols", 2, lambda t: t[1:], ValueError, r"cols\[2\] has shape \(1, 5\); allowed: \(2, 5\)"),
     "col_strided": ("cols", 0, strided, ValueError, r"cols\[0\] is not contiguous; allowed: contiguous"),
-    "m_none": ("exp_avgs", None, none, ValueError, r"exp_avgs has 0 tensors; allowed: 3"),
+    "m_none": ("exp_avgs", None, none, ValueError, r"exp_avgs has 0 entries; allowed: 3"),
     "m_bf16": ("exp_avgs", 0, bf16, TypeError, r"exp_avgs\[0\] is bfloat16; allowed: float32"),
     "m_shape": ("exp_avgs", 1, lambda t: t[:4], ValueError, r"exp_avgs\[1\] has shape \(4,\); allowed: \(5,\)"),
     "m_strided": ("exp_avgs", 0, strided, ValueError, r"exp_avgs\[0\] is not contiguous; allowed: contiguous"),
@@ -71,9 +71,9 @@ WRONG = {
 WRONG_RESIDUALS = {
     "res_rows_short": ("res_rows", None, shorter, ValueError, r"res_rows .*allowed: "),
     "res_cols_none": ("res_cols", None, none, ValueError, r"res_cols .*allowed: "),
-    "res_row_missing": ("res_rows", 0, nothing, ValueError, r"res_rows .*allowed: a tensor for each of 2 or more"),
-    "res_row_superfluous": ("res_rows", 1, something, ValueError, r"res_rows .*2 or more dimensions, else None"),
-    "res_col_superfluous": ("res_cols", 1, something, ValueError, r"res_cols .*2 or more dimensions, else None"),
+    "res_row_missing": ("res_rows", 0, nothing, ValueError, r"res_rows\[0\] is None; allowed: a tensor of shape \(4,\)"),
+    "res_row_superfluous": ("res_rows", 1, something, ValueError, r"res_rows\[1\] is a tensor; allowed: None"),
+    "res_col_superfluous": ("res_cols", 1, something, ValueError, r"res_cols\[1\] is a tensor; allowed: None"),
     "res_col_last": (
         "res_cols",
         2,
@@ -114,7 +114,7 @@ def test_residuals_that_do_not_fit_are_refused(wrong):
 def test_param_sums_that_do_not_fit_are_refused():
     zero = torch.zeros(())
     refused = [
-        ([zero, zero], ValueError, r"param_sums has 2 tensors; allowed: 3"),
+        ([zero, zero], ValueError, r"param_sums has 2 entries; allowed: 3"),
         ([zero, zero, zero.double()], TypeError, r"param_sums\[2\] is float64; allowed: float32"),
         ([zero, zero[None], zero], ValueError, r"param_sums\[1\] has shape \(1,\); allowed: \(\)"),
     ]
