@@ -34,8 +34,8 @@ def install_fast_calls() -> None:
 
     Seen in 3.7.1: each such call prepares triton.language anew for interpretation, 2 ms, although the kernel it comes
     from has done so: two thirds of the time of a kernel made of many functions. Of the rest a fifth are sums and
-    products of int32 that are done again in 64 bits and then not looked at, and a tenth a dict of all dtypes, built anew
-    wherever one is looked up. Call it before kernels run.
+    products of int32 that are done again in 64 bits and then not looked at, and a tenth a dict of all dtypes, built
+    anew wherever one is looked up. Call it before kernels run.
     """
     InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = _np_dtype

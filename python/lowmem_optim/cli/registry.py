@@ -14,8 +14,8 @@ import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.checks import COMMON_DEFAULTS
 
-# By name, or by class name, so that lowmem_optim.AdamW and torch.AdamW start equal. The best of a sweep on the default task, by its
-# validation loss:
+# By name, or by class name, so that lowmem_optim.AdamW and torch.AdamW start equal. The best of a sweep on the default
+# task, by its validation loss:
 #   AdamW: 5e-4 1.804, 8e-4 1.741, 1.5e-3 1.737, 2e-3 1.734; after 500 steps 1.5e-3 1.808, 3e-3 1.851, 1e-2 2.462
 #   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
 #   AdaLomo: 0.02 1.728, 0.05 1.667, 0.1 1.804
