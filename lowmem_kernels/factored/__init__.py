@@ -65,8 +65,7 @@ def factored_update_(
         exp_avgs: m, of the parameters' shapes, float32 or the parameters' bfloat16, contiguous, written; given if and
             only if ``rule.beta1`` is.
         param_sums: 0-d float32 tensors holding the sum of p² that the last call left, or NaN where p may have changed
-            since; written. With it the kernels need not read p for RMS(p). None: they always do. The torch reference
-            always does and leaves it alone.
+            since; written where ``rule.scale_parameter``. With it p need not be read for RMS(p). None: it always is.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, m stream 1.
         backend: "auto", "triton" or "torch".
