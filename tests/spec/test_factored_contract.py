@@ -244,15 +244,6 @@ def test_parameters_that_require_grad(name):
     assert_same_buckets([[x if x is None else x.detach() for x in column] for column in bucket.columns()], plain)
 
 
-def test_param_sums_are_no_concern_of_the_reference():
-    bucket, same = bucket_of("adalomo"), bucket_of("adalomo")
-    sums = [torch.tensor(torch.nan) for _ in FEW]
-    run(bucket, "adalomo", param_sums=sums)
-    run(same, "adalomo")
-    assert_same_buckets(bucket, same)
-    assert all(s.isnan() for s in sums)
-
-
 def test_noise_depends_on_uid_step_and_stream():
     """Two parameters with equal contents round differently, one parameter differently at another step."""
     results = {}
