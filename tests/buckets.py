@@ -86,3 +86,23 @@ def assert_same_buckets(actual, expected):
     for name, column, other in zip(NAMES, actual, expected, strict=True):
         for i, (a, b) in enumerate(zip(column, other, strict=True)):
             assert_same_bits(a, b, f"{name}[{i}]")
+
+
+def fenced(tensor, poison):
+    """A copy with the same strides and alignment inside a larger buffer of garbage: (copy, buffer, outside of copy)."""
+    margin = 4096 // tensor.element_size()
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    extent = extent if tensor.numel() else 0
+    phase = tensor.data_ptr() % 16 // tensor.element_size()
+    storage = torch.zeros(2 * margin + extent + 8, dtype=tensor.dtype)
+    start = margin + (phase - (storage.data_ptr() % 16) // tensor.element_size()) % (16 // tensor.element_size())
+    storage.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).fill_(poison)
+    inside = torch.zeros(len(storage), dtype=torch.bool)
+    inside.as_strided(tensor.shape, tensor.stride(), start).fill_(True)
+    copy = storage.as_strided(tensor.shape, tensor.stride(), start)
+    if 0 in tensor.stride():
+        copy = copy.narrow(-1, 0, 1).copy_(tensor.narrow(-1, 0, 1)).expand(tensor.shape)
+    else:
+        copy.copy_(tensor)
+    assert copy.data_ptr() % 16 == tensor.data_ptr() % 16 or not tensor.numel()
+    return copy, storage, ~inside

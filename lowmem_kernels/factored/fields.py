@@ -32,7 +32,7 @@ FIELDS = (
     "param_sum",  # tickets: sum of p², before the update
     "new_param_sum",  # tickets: after it
     "update_sum",  # sums of u²
-    "floored",  # col_tickets: 1 where the floor under V is felt
+    "floored",  # col_tickets: above 0 where the floor under V is felt, NaN where a sum is not finite
     "scalars",  # see SCALARS
     "res_row",  # as new_row, new_col and row_mean, of CAME's residual
     "res_col",
@@ -59,7 +59,7 @@ SCALARS = (
     "step_size",  # what multiplies g / sqrt(V)
     "decay",  # what multiplies p
     "used_sum",  # the sum of p² that the step used
-    "felt",  # not 0 where the floor under V is felt
+    "felt",  # above 0 where the floor under V is felt
 )
 
 #: Counters of a parameter's finished programs, one for each phase after which something is done once.

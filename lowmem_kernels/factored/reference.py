@@ -159,7 +159,8 @@ def _clipped(
             continue
         steps[i].add_(1)
         rms = math.sqrt(squares / max(param.numel(), 1))
-        moment.scale(1 / max(1.0, rms / rule.clip_threshold))
+        excess = rms / rule.clip_threshold
+        moment.scale(1.0 if excess <= 1 else 1 / excess)  # NaN where that is
         yield i, step, key, moment
 
 

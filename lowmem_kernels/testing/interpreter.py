@@ -32,10 +32,10 @@ def install_round_to_nearest() -> None:
 def install_fast_calls() -> None:
     """Patch Triton's interpreter so that a call of one @triton.jit function by another takes microseconds.
 
-    Seen in 3.7.1: each such call prepares triton.language anew for interpretation, 2 ms, although the kernel it comes
-    from has done so: two thirds of the time of a kernel made of many functions. Of the rest a fifth are sums and
-    products of int32 that are done again in 64 bits and then not looked at, and a tenth a dict of all dtypes, built
-    anew wherever one is looked up. Call it before kernels run.
+    Seen in 3.7.1: each such call prepares triton.language anew for interpretation, 2 ms, although the kernel that it
+    comes from has done so: two thirds of the time of a kernel made of many functions. Of the rest a fifth are sums and
+    products of int32, done again in 64 bits and then not looked at, and a tenth is a dict of all dtypes, built anew
+    wherever one is looked up. Call it before kernels run.
     """
     InterpretedFunction.__call__ = _call
     interpreter._get_np_dtype = _np_dtype

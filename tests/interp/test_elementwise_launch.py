@@ -6,7 +6,7 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from buckets import FP32, NAMES, VARIED, Bucket, assert_same_buckets, make_bucket
+from buckets import FP32, NAMES, VARIED, Bucket, assert_same_buckets, fenced, make_bucket
 from lowmem_kernels import GradTransform, Rounding, table
 from lowmem_kernels.elementwise import grad_stats, launch
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits, bytes_moved, make_tensors
@@ -67,26 +67,6 @@ def test_bits_do_not_depend_on_the_run(verb):
     for bucket in (one, two):
         bucket.run(verb, backend="triton")
     assert_same_buckets(one, two)
-
-
-def fenced(tensor, poison):
-    """A copy with the same strides and alignment inside a larger buffer of garbage: (copy, buffer, outside of copy)."""
-    margin = 4096 // tensor.element_size()
-    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    extent = extent if tensor.numel() else 0
-    phase = tensor.data_ptr() % 16 // tensor.element_size()
-    storage = torch.zeros(2 * margin + extent + 8, dtype=tensor.dtype)
-    start = margin + (phase - (storage.data_ptr() % 16) // tensor.element_size()) % (16 // tensor.element_size())
-    storage.view({2: torch.int16, 4: torch.int32}[tensor.element_size()]).fill_(poison)
-    inside = torch.zeros(len(storage), dtype=torch.bool)
-    inside.as_strided(tensor.shape, tensor.stride(), start).fill_(True)
-    copy = storage.as_strided(tensor.shape, tensor.stride(), start)
-    if 0 in tensor.stride():
-        copy = copy.narrow(-1, 0, 1).copy_(tensor.narrow(-1, 0, 1)).expand(tensor.shape)
-    else:
-        copy.copy_(tensor)
-    assert copy.data_ptr() % 16 == tensor.data_ptr() % 16 or not tensor.numel()
-    return copy, storage, ~inside
 
 
 @pytest.mark.parametrize(("precision", "poison"), [(FP32, -1), (BF16_SR, 0x4242)], ids=["fp32_nan", "bf16_numbers"])

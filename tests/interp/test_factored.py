@@ -15,7 +15,10 @@ from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import PRECISIONS, SHAPES, Case, Precision, assert_same_bits
 
 # NumPy warns of 1/0 and of overflow in what a kernel selects away
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
+    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
+]
 
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 #: What SHAPES lacks: aligned rows wider than a narrow tile, in several tiles, slabs and groups; aligned small matrices,
@@ -44,6 +47,7 @@ FEW = [
     for case in SHAPES
     if case.name in ("scalar", "empty", "odd_matrix", "experts", "transposed_param", "misaligned", "expanded_grad")
 ]
+SOME = [case for case in SHAPES if case.name in ("seven", "odd_matrix", "experts", "transposed", "misaligned")]
 
 
 def both(cases, name, precision=FP32, steps=1, transform=None, change=lambda grad: grad, fresh=False, **options):
@@ -70,7 +74,7 @@ def assert_close(start, expected, actual, steps=1):
 
 @pytest.mark.parametrize(
     ("name", "cases"),
-    [("relative", SHAPES), ("relative", PLANNED), ("external", QUICK), ("torch", QUICK), ("came", QUICK)],
+    [("relative", SHAPES), ("relative", PLANNED), ("torch", QUICK), ("came", QUICK)],
 )
 def test_every_shape(name, cases):
     assert_close(*both(cases, name))
@@ -80,7 +84,7 @@ def test_every_shape(name, cases):
 @pytest.mark.parametrize("name", ["external", "came"])
 def test_every_dtype(name, precision):
     """With a momentum, whose dtype is its own. Two steps, the first from zeros."""
-    assert_close(*both(FEW, name, precision, steps=2, fresh=True), steps=2)
+    assert_close(*both(SOME, name, precision, steps=2, fresh=True), steps=2)
 
 
 @pytest.mark.parametrize("precision", [FP32, PRECISIONS[4]], ids=str)
@@ -92,16 +96,16 @@ def test_dialects(name, precision):
 EPS = DIALECTS["torch"][1]["rule"].eps[0]
 
 
-@pytest.mark.parametrize(("scale", "felt"), [(1.0, False), (1e-3, True), (1e-6, True)])
-def test_floor_of_the_torch_dialect(scale, felt):
+@pytest.mark.parametrize(("scale", "least", "most"), [(1.0, 0, 0), (3e-3, 0.1, 0.9), (1e-5, 1, 1)])
+def test_floor_of_the_torch_dialect(scale, least, most):
     """Felt nowhere, by some elements, by all: from zeros, so that R and C are of this gradient."""
     cases = [case for case in FEW if case.name in ("odd_matrix", "experts", "misaligned")]
-    results = both(cases, "torch", change=lambda grad: 0.02 * scale * torch.sign(grad), fresh=True)
+    results = both(cases, "torch", change=lambda grad: scale * grad, fresh=True)
     assert_close(*results)
     for row, col in zip(results[1].rows, results[1].cols, strict=True):
         if col is not None:
             v = row[..., :, None] * col[..., None, :] / row.mean(-1).clamp(min=EPS)[..., None, None]
-            assert (v.min() < EPS**2) == felt
+            assert least <= (v < EPS**2).float().mean() <= most
 
 
 @pytest.mark.parametrize("scale", [1e-17, 1e-10, 1.0])
@@ -177,35 +181,51 @@ def spoil(grad, value):
     grad[torch.unravel_index(torch.tensor(grad.numel() - 2), grad.shape)] = value
 
 
-SOME = [case for case in SHAPES if case.name in ("seven", "row", "odd_matrix", "experts", "transposed_param")]
+#: By place in SOME, of a vector, a stack and a strided matrix; 3e30 has no square in fp32.
+BAD = {
+    "nan": ({0: torch.nan, 2: torch.nan, 3: torch.nan}, None),
+    "infinite": ({0: torch.inf, 2: -torch.inf, 3: torch.inf}, 0.5),
+    "overflow": ({0: 3e30, 2: 3e30, 3: -3e30}, None),
+}
 
 
-@pytest.mark.parametrize(
-    ("value", "clip_value"), [(torch.nan, None), (torch.inf, 0.5), (-torch.inf, None), (3e30, None)]
-)
 @pytest.mark.parametrize("precision", [FP32, BF16_SR], ids=str)
+@pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("name", ["external", "torch", "came"])
-def test_a_nonfinite_gradient_skips_its_parameter(name, precision, value, clip_value):
-    """No bit of it changes, it is counted once, and its neighbours do as if alone. 3e30 has no square in fp32."""
-    bad = (0, 2, 3)
-    whole, neighbours = (make_bucket(SOME, precision, verb=DIALECTS[name][0]) for _ in range(2))
-    for i in bad:
+def test_a_nonfinite_gradient_skips_its_parameter(name, bad, precision):
+    """No bit of it changes, it is counted once, and its neighbours do as if alone. Clipping does not hide an Inf."""
+    verb, hyper = DIALECTS[name]
+    values, clip_value = BAD[bad]
+    whole, sound = (make_bucket(SOME, precision, verb=verb) for _ in range(2))
+    for i, value in values.items():
         spoil(whole.grads[i], value)
     start = whole.copies()
     transform = GradTransform(clip_value=clip_value, skipped=torch.tensor(5))
     run(whole, name, transform)
-    assert transform.skipped.item() == 5 + len(bad)
+    assert transform.skipped.item() == 5 + len(values)
     for column, old in zip(whole.columns(), start, strict=True):
-        for i in bad:
+        for i in values:
             if column[i] is not None:
                 assert_same_bits(column[i], old[i])
-    good = [i for i in range(len(SOME)) if i not in bad]
-    uids = neighbours.rounding().uids
-    neighbours = neighbours.only(good)
-    verb, hyper = DIALECTS[name]
-    rounding = replace(neighbours.rounding(), uids=[uids[i] for i in good])
-    neighbours.run(verb, transform=replace(transform, skipped=None), backend="triton", rounding=rounding, **hyper)
-    assert_same_buckets(whole.only(good), neighbours)
+    others = [i for i in range(len(SOME)) if i not in values]
+    alone = sound.only(others)
+    alone.run(
+        verb, transform=GradTransform(clip_value=clip_value), rounding=sound.rounding(others), backend="triton", **hyper
+    )
+    assert_same_buckets(whole.only(others), alone)
+
+
+@pytest.mark.parametrize("line", ["row", "column"])
+@pytest.mark.parametrize("name", ["external", "torch", "came"])
+def test_a_sum_of_squares_that_overflows_is_skipped(name, line):
+    """Squares of 2.2e38 are finite, two of them in a row or column are not: C would be Inf for ever, and u 0."""
+    bucket = make_bucket(PAIR, verb=DIALECTS[name][0])
+    (bucket.grads[1][4, :2] if line == "row" else bucket.grads[1][:2, 4]).fill_(1.5e19)
+    start = bucket.copies()
+    transform = GradTransform(skipped=torch.tensor(0))
+    run(bucket, name, transform)
+    assert transform.skipped.item() == 1
+    assert_same_buckets(bucket.only([1]).copies(), [column[1:] for column in start])
 
 
 @pytest.mark.parametrize("name", ["external", "came"])
@@ -240,7 +260,7 @@ def test_a_nonfinite_gradient_goes_through_when_asked(name):
 @pytest.mark.parametrize("name", ["external", "torch", "came"])
 def test_found_inf_leaves_everything(name):
     verb = DIALECTS[name][0]
-    usual, same, untouched = (make_bucket(FEW, BF16_SR, verb=verb) for _ in range(3))
+    usual, same, untouched = (make_bucket(PAIR, BF16_SR, verb=verb) for _ in range(3))
     transform = GradTransform(found_inf=torch.tensor(1.0), skipped=torch.tensor(3))
     run(same, name, transform)
     assert_same_buckets(same, untouched)

@@ -156,7 +156,7 @@ def _factored_kernel(
         )  # fmt: skip
     if EPS_FLOOR:
         if phase == FLOOR:
-            if tl.load(scratch(at, SCALARS_START) + FELT, cache_modifier=".cg") != 0.0:
+            if tl.load(scratch(at, SCALARS_START) + FELT, cache_modifier=".cg") > 0.0:
                 floor_tile(at, ticket, g_ptr, gradient, eps1, ALIGNED, STRIDED, SKIP_NONFINITE, BLOCK_ROWS, BLOCK_COLS)
                 if is_last_program(counter_ptr + FLOOR_DONE, field32(at, TICKETS)):
                     squares = sum_of(scratch(at, UPDATE_SUM), field32(at, TICKETS))

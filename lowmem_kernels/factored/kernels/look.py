@@ -101,9 +101,10 @@ def look_full_tile(
         rows, cols, mask = tile(row, 0, width, BLOCK_ROWS, BLOCK_COLS)
         g = load_gradient(g_ptr + offsets(at, rows, cols, m, 1, STRIDED), mask, gradient, SKIP_NONFINITE)
         v = tl.load(v_ptr + offsets(at, rows, cols, m, 2, STRIDED), mask=mask, other=1.0)
-        _new_v, scale = full_moment(v, g, moments, EPS_FLOOR)
+        new_v, scale = full_moment(v, g, moments, EPS_FLOOR)
         u = g * scale
-        squares += by_fours(u * u)
+        # g² may be Inf where g is not, and then u is 0
+        squares += by_fours(u * u + 0.0 * new_v)
     tl.store(scratch(at, UPDATE_SUM) + ticket, tl.sum(squares))
 
 
@@ -198,12 +199,15 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)
                 min_c = tl.min(tl.where((cols < m) & (sum_q > 0.0), c, float("inf")))
-                floored = tl.where(min_r / mean_r * min_c <= tl.maximum(eps * eps, _TINY), 1.0, floored)
+                floored += tl.where(min_r / mean_r * min_c <= tl.maximum(eps * eps, _TINY), 1.0, 0.0)
             else:
                 c = lerp(old_c, sum_q / n + eps, weight)
             tl.store(scratch(at, NEW_COL) + e * m + cols, c, mask=cols < m)
-            share = tl.where(c > 0.0, mean_r * weighted / c, tl.where(c == 0.0, 0.0, c))
-            squares += tl.sum(tl.where(cols < m, share, 0.0))
+            share = tl.where((cols < m) & (c > 0.0), mean_r * weighted / c, 0.0)
+            # sums of g² may be Inf where g is not, and then u is 0
+            poison = tl.sum(0.0 * c) + 0.0 * mean_r
+            squares += tl.sum(share) + poison
+            floored += poison
     tl.store(scratch(at, UPDATE_SUM) + ticket, squares)
     if EPS_FLOOR:
         tl.store(scratch(at, FLOORED) + ticket, floored)
