@@ -14,34 +14,41 @@ SCALAR = torch.Size()
 
 def check_list(
     name: str,
-    tensors: Sequence[Tensor],
-    shapes: Sequence[torch.Size],
+    tensors: Sequence[Tensor | None],
+    shapes: Sequence[torch.Size | None],
     device: torch.device,
     allowed: Sequence[torch.dtype],
     contiguous: bool = True,
 ) -> None:
     """Raise ValueError or TypeError unless ``tensors`` have these shapes, this device and one dtype of ``allowed``.
 
-    The message names the list, the entry, what it is and what is allowed.
+    A shape of None is for an entry that has to be None. The message names the list, the entry, what it is and what is
+    allowed.
     """
     if len(tensors) != len(shapes):
-        raise ValueError(f"{name} has {len(tensors)} tensors; allowed: {len(shapes)}, one for each parameter")
+        raise ValueError(f"{name} has {len(tensors)} entries; allowed: {len(shapes)}, one for each parameter")
     # once for the whole list first: this runs in every step, and there is something to look for only if it fails
-    dtypes = {t.dtype for t in tensors}
+    present = [t for t in tensors if t is not None]
+    dtypes = {t.dtype for t in present}
     if (
         len(dtypes) <= 1
         and dtypes <= {*allowed}
-        and [t.shape for t in tensors] == shapes
-        and {t.device for t in tensors} <= {device}
-        and (not contiguous or all([t.is_contiguous() for t in tensors]))
+        and [None if t is None else t.shape for t in tensors] == shapes
+        and {t.device for t in present} <= {device}
+        and (not contiguous or all([t.is_contiguous() for t in present]))
     ):
         return
-    first = tensors[0].dtype
     for i, (tensor, shape) in enumerate(zip(tensors, shapes, strict=True)):
+        if tensor is None or shape is None:
+            if tensor is not None or shape is not None:
+                wanted = "None" if shape is None else f"a tensor of shape {tuple(shape)}"
+                raise ValueError(f"{name}[{i}] is {'None' if tensor is None else 'a tensor'}; allowed: {wanted}")
+            continue
         if tensor.dtype not in allowed:
             raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {', '.join(map(name_of, allowed))}")
-        if tensor.dtype is not first:
-            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(first)}, as {name}[0]")
+        if tensor.dtype is not present[0].dtype:
+            first = f"{name}[{next(k for k, t in enumerate(tensors) if t is not None)}]"
+            raise TypeError(f"{name}[{i}] is {name_of(tensor.dtype)}; allowed: {name_of(present[0].dtype)}, as {first}")
         if tensor.device != device:
             raise ValueError(f"{name}[{i}] is on {tensor.device}; allowed: {device}, as the first tensor")
         if tensor.shape != shape:

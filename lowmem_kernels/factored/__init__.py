@@ -51,7 +51,8 @@ def factored_update_(
 ) -> None:
     """Update parameters by Adafactor, in place, in the dialect of ``rule``.
 
-    As in the module's docstring; with momentum ``m += (1 - beta1)(rate_t u - m)`` takes the place of rate_t u.
+    As in the module's docstring; with momentum ``m += (1 - beta1)(rate_t u - m)``, before it is rounded, takes the place
+    of rate_t u.
 
     Args:
         params: p, written.
@@ -65,8 +66,7 @@ def factored_update_(
         exp_avgs: m, of the parameters' shapes, float32 or the parameters' bfloat16, contiguous, written; given if and
             only if ``rule.beta1`` is.
         param_sums: 0-d float32 tensors holding the sum of p² that the last call left, or NaN where p may have changed
-            since; written. With it the kernels need not read p for RMS(p). None: they always do. The torch reference
-            always does and leaves it alone.
+            since; written where ``rule.scale_parameter``. With it p need not be read for RMS(p). None: it always is.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, m stream 1.
         backend: "auto", "triton" or "torch".
@@ -115,7 +115,8 @@ def confidence_update_(
         Rs += w3 (mean_j s - Rs),  Cs += w3 (mean_i s - Cs),  S_ij = Rs_i Cs_j / mean(Rs)
         p -= lr m / sqrt(S) + lr weight_decay p
 
-    A parameter of fewer than two dimensions has no S: ``p -= lr m + lr weight_decay p``.
+    A parameter of fewer than two dimensions has no S: ``p -= lr m + lr weight_decay p``. Where m is bfloat16, s is made of
+    it as it is before rounding, and p moves by it as it is stored.
 
     Args:
         params: p, written.

@@ -33,7 +33,7 @@ def check_factored(
     if not params:
         return
     check_params(params, grads, steps)
-    _check_moments("rows", rows, "cols", cols, params)
+    _check_factors(params, rows, cols)
     if exp_avgs is not None:
         check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
     if param_sums is not None:
@@ -55,36 +55,16 @@ def check_confidence(
         return
     check_params(params, grads, steps)
     check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
-    _check_moments("rows", rows, "cols", cols, params)
-    matrices = [p for p in params if p.ndim >= 2]
-    for name, factors in (("res_rows", res_rows), ("res_cols", res_cols)):
-        if len(factors) != len(params) or any(
-            (f is None) != (p.ndim < 2) for f, p in zip(factors, params, strict=False)
-        ):
-            raise ValueError(
-                f"{name} does not fit params; allowed: a tensor for each of 2 or more dimensions, else None"
-            )
-    _check_moments(
-        "res_rows", [r for r in res_rows if r is not None], "res_cols", [c for c in res_cols if c is not None], matrices
-    )
+    _check_factors(params, rows, cols)
+    device = params[0].device
+    res_row_shapes = [row_shape(p) if p.ndim >= 2 else None for p in params]
+    check_list("res_rows", res_rows, res_row_shapes, device, _FP32)
+    check_list("res_cols", res_cols, [col_shape(p) for p in params], device, _FP32)
 
 
-def _check_moments(
-    row_name: str, rows: Sequence[Tensor], col_name: str, cols: Sequence[Tensor | None], params: Sequence[Tensor]
-) -> None:
-    device = params[0].device if params else torch.device("cpu")
-    check_list(row_name, rows, [row_shape(p) for p in params], device, _FP32)
-    if len(cols) != len(params):
-        raise ValueError(f"{col_name} has {len(cols)} entries; allowed: {len(params)}, one for each parameter")
-    for i, (col, param) in enumerate(zip(cols, params, strict=True)):
-        if (col is None) != (param.ndim < 2):
-            allowed = "None" if param.ndim < 2 else "a tensor"
-            raise ValueError(
-                f"{col_name}[{i}] is {'None' if col is None else 'a tensor'}; allowed: {allowed}, since "
-                f"params[{i}] has shape {tuple(param.shape)}"
-            )
-    matrices = [(c, p) for c, p in zip(cols, params, strict=True) if c is not None]
-    check_list(col_name, [c for c, _ in matrices], [col_shape(p) for _, p in matrices], device, _FP32)
+def _check_factors(params: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None]) -> None:
+    check_list("rows", rows, [row_shape(p) for p in params], params[0].device, _FP32)
+    check_list("cols", cols, [col_shape(p) for p in params], params[0].device, _FP32)
 
 
 def row_shape(param: Tensor) -> torch.Size:
@@ -92,6 +72,6 @@ def row_shape(param: Tensor) -> torch.Size:
     return param.shape[:-1] if param.ndim >= 2 else param.shape
 
 
-def col_shape(param: Tensor) -> torch.Size:
-    """Shape of the column factor of a parameter of two or more dimensions."""
-    return param.shape[:-2] + param.shape[-1:]
+def col_shape(param: Tensor) -> torch.Size | None:
+    """Shape of the column factor; None below two dimensions, where there is none."""
+    return param.shape[:-2] + param.shape[-1:] if param.ndim >= 2 else None

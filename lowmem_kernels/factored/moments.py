@@ -80,7 +80,7 @@ class FactoredMoment:
 
     def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         # in every block, as few calls as there can be: at 4096 columns they cost as much as the arithmetic
-        self.new_row = (self.row * (1 - self.weight)).add_(self.weight * self.added)
+        self.new_row = self.row.clone()
         row_sums = torch.empty_like(self.row)
         left = self.row.new_ones(len(self.row), self.n, 2)
         sums = self.col.new_zeros(len(self.col), 2, self.m)
@@ -96,7 +96,8 @@ class FactoredMoment:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
             torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
             torch.sum(q, -1, keepdim=True, out=row_sum)
-            row.add_(row_sum, alpha=self.weight / self.m)
+            # by the difference: a factor 1 - w, rounded, would make the same error in every step, which adds up
+            row.lerp_((row_sum / self.m).add_(self.added), self.weight)
             torch.div(unit, torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
             col_sums.baddbmm_(factors.mT, q)
@@ -109,7 +110,8 @@ class FactoredMoment:
             # V of the smallest row and column that have a gradient: is the floor under V felt?
             smallest_row = torch.where(row_sums > 0, self.new_row, math.inf).amin(1, keepdim=True).double()
             smallest_col = torch.where(sums[:, :1] > 0, self.new_col, math.inf).amin(2, keepdim=True).double()
-            if not (smallest_row / mean_row * smallest_col >= self.floor**2).all():
+            # where it is below fp32's normal numbers, 1 / R may be Inf, and the column sums do not tell the sum of u²
+            if not (smallest_row / mean_row * smallest_col > max(self.floor**2, 2.0**-126)).all():
                 self.bound = 1 / self.floor
                 return self._sum_of_squares(grad, transform, scratch) + poison
         # sum_ij u² = mean(R) sum_j (sum_i q_ij / R_i) / C_j, so that it needs no third look

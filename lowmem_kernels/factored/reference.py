@@ -34,10 +34,14 @@ def factored_update_(
     """As `lowmem_kernels.factored.factored_update_`."""
     lr, scratch = float(lr), Scratch(2)
     for i, step, key, moment in _clipped(params, grads, rows, cols, steps, rule, transform, rounding, scratch):
-        param = params[i]
+        param, new_squares = params[i], 0.0
+        carried = param_sums[i] if param_sums is not None and rule.scale_parameter else None
         rate = {"constant": lr, "rsqrt": min(lr, step**-0.5), "warmup": min(lr * step, step**-0.5)}[rule.lr_schedule]
         if rule.scale_parameter:
-            rate *= max(rule.eps[1], math.sqrt(_squares(param, moment, scratch) / param.numel()))
+            squares = math.nan if carried is None else carried.item()
+            if math.isnan(squares):
+                squares = _squares(param, moment, scratch)
+            rate *= max(rule.eps[1], math.sqrt(squares / param.numel()))
         decay = weight_decay * (rate if rule.scale_decay else lr)
         one = steps[i].new_ones(())
         moment.scale(rate)
@@ -52,7 +56,11 @@ def factored_update_(
                 store_(exp_avg[0], u.copy_(x) if x is v else x, rounding.stochastic, m_key, start)
                 u, v = v, u
             _subtract(p, x, y, decay, (v, u), rounding.stochastic, p_key, start)
+            if carried is not None:
+                new_squares += moment.squares(p, v)  # while the block is in the cache
         moment.commit()
+        if carried is not None:
+            carried.fill_(new_squares)
 
 
 @torch.no_grad()
@@ -174,4 +182,6 @@ def _subtract(
 
 
 def _squares(param: Tensor, moment: Moment, scratch: Scratch) -> float:
-    return sum(moment.squares(block, scratch.like(block)[0]) for _, _, (block,) in moment.blocks(param))
+    """Return the sum of p² as it would be carried, in fp32."""
+    total = sum(moment.squares(block, scratch.like(block)[0]) for _, _, (block,) in moment.blocks(param))
+    return torch.tensor(total, dtype=torch.float32).item()

@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowmem_kernels.factored import FactoredRule, factored_update_
-from lowmem_kernels.factored.checks import col_shape, row_shape
 
 from .base import LowMemOptimizer, StateDict
 from .buckets import Bucket
@@ -115,7 +114,7 @@ def new_second_moment(param: Tensor) -> dict[str, Tensor]:
 
 def new_factors(param: Tensor, prefix: str) -> dict[str, Tensor]:
     """Return zeros for the row and the column factor of a parameter of two or more dimensions."""
-    shapes = {f"{prefix}_row": row_shape(param), f"{prefix}_col": col_shape(param)}
+    shapes = {f"{prefix}_row": param.shape[:-1], f"{prefix}_col": param.shape[:-2] + param.shape[-1:]}
     return {key: torch.zeros(shape, dtype=torch.float32, device=param.device) for key, shape in shapes.items()}
 
 

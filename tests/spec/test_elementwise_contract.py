@@ -33,10 +33,10 @@ meta = lambda t: t.to("meta")  # noqa: E731
 shorter, longer, none = (lambda c: c[:-1]), (lambda c: [*c, c[0]]), (lambda c: [])
 
 WRONG = {
-    "grads_short": (replaced("grads", None, shorter), ValueError, r"grads has 2 tensors; allowed: 3, one for each"),
-    "grads_none": (replaced("grads", None, none), ValueError, r"grads has 0 tensors; allowed: 3"),
-    "params_long": (replaced("params", None, longer), ValueError, r"grads has 3 tensors; allowed: 4"),
-    "steps_long": (replaced("steps", None, longer), ValueError, r"steps has 4 tensors; allowed: 3"),
+    "grads_short": (replaced("grads", None, shorter), ValueError, r"grads has 2 entries; allowed: 3, one for each"),
+    "grads_none": (replaced("grads", None, none), ValueError, r"grads has 0 entries; allowed: 3"),
+    "params_long": (replaced("params", None, longer), ValueError, r"grads has 3 entries; allowed: 4"),
+    "steps_long": (replaced("steps", None, longer), ValueError, r"steps has 4 entries; allowed: 3"),
     "param_float64": (replaced("params", 0, double), TypeError, r"params\[0\] is float64; allowed: float32, bfloat16"),
     "param_mixed": (
         replaced("params", 1, bf16),
@@ -64,9 +64,9 @@ WRONG = {
 }
 
 WRONG_STATES = {
-    "m_none": (replaced("exp_avgs", None, none), ValueError, r"exp_avgs has 0 tensors; allowed: 3"),
-    "v_none": (replaced("exp_avg_sqs", None, none), ValueError, r"exp_avg_sqs has 0 tensors; allowed: 3"),
-    "v_short": (replaced("exp_avg_sqs", None, shorter), ValueError, r"exp_avg_sqs has 2 tensors; allowed: 3"),
+    "m_none": (replaced("exp_avgs", None, none), ValueError, r"exp_avgs has 0 entries; allowed: 3"),
+    "v_none": (replaced("exp_avg_sqs", None, none), ValueError, r"exp_avg_sqs has 0 entries; allowed: 3"),
+    "v_short": (replaced("exp_avg_sqs", None, shorter), ValueError, r"exp_avg_sqs has 2 entries; allowed: 3"),
     "m_half": (replaced("exp_avgs", 0, half), TypeError, r"exp_avgs\[0\] is float16; allowed: float32"),
     "m_bf16": (replaced("exp_avgs", 0, bf16), TypeError, r"exp_avgs\[0\] is bfloat16; allowed: float32"),
     "v_mixed": (replaced("exp_avg_sqs", 1, bf16), TypeError, r"exp_avg_sqs\[1\] is bfloat16; allowed: float32"),

@@ -104,11 +104,9 @@ PRECISE = [(n, p) for n in DIALECTS for p in PRECISIONS if p.state is torch.floa
 
 @pytest.mark.parametrize(("name", "precision"), PRECISE, ids=str)
 def test_every_shape_and_dtype(name, precision):
-    for fresh, steps in ((True, 2), (False, 1)):
+    for fresh in (True, False):
         bucket = make_bucket(SHAPES, precision, fresh=fresh, verb=DIALECTS[name][0])
-        for step in range(steps):
-            set_gradients(bucket, SHAPES, seed=100 * step)
-            step_and_check(bucket, DIALECTS[name])
+        step_and_check(bucket, DIALECTS[name])
 
 
 def along_rows(grad, smallest, largest):
@@ -151,17 +149,16 @@ TORCH_SMALL_EPS = dict(RULES["torch"], rule=replace(RULES["torch"]["rule"], eps=
 HARD = {**DIALECTS, "torch_small_eps": ("factored", TORCH_SMALL_EPS)}
 
 
-@pytest.mark.parametrize("precision", [FP32, BF16_SR], ids=str)
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("name", HARD)
-def test_gradients_that_are_hard(name, pattern, precision):
+def test_gradients_that_are_hard(name, pattern):
     """From zeros, with parameters of zero, where no rounding hides an error of the update, and in a run under way."""
-    for fresh, steps in ((True, 2), (False, 1)):
+    for precision, fresh in ((FP32, True), (FP32, False), (BF16_SR, False)):
         bucket = make_bucket(FEW, precision, seed=20, fresh=fresh, verb=HARD[name][0])
         if fresh:
             for param in bucket.params:
                 param.zero_()
-        for step in range(steps):
+        for step in range(2 if fresh else 1):
             set_gradients(bucket, FEW, 400 + 10 * step, PATTERNS[pattern])
             step_and_check(bucket, HARD[name])
 
