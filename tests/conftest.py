@@ -23,6 +23,7 @@ def pytest_configure(config):
     if INTERPRETING:
         from lowmem_kernels.testing import interpreter
 
+        interpreter.install_approximate_roots()
         interpreter.install_fast_calls()
         interpreter.install_fp32_arguments()
         interpreter.install_round_to_nearest()

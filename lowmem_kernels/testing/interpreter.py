@@ -1,5 +1,6 @@
 """Make Triton's interpreter convert to and from bfloat16 and take numbers as GPUs do, and call functions faster."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from inspect import ismodule
@@ -50,6 +51,23 @@ def install_fp32_arguments() -> None:
     before kernels run.
     """
     interpreter._implicit_cvt = _argument
+
+
+def install_approximate_roots() -> None:
+    """Patch Triton's interpreter so that roots of fp32 take subnormal numbers for zeros, as on NVIDIA's GPUs.
+
+    Seen in 3.7.1: tl.sqrt and tl.rsqrt are compiled to sqrt.approx.ftz and rsqrt.approx.ftz, where the latter makes Inf
+    of 1e-40; NumPy makes 1e20. Call it before kernels run.
+    """
+    InterpreterBuilder.create_sqrt = lambda builder, x: _root(x, np.sqrt)
+    InterpreterBuilder.create_rsqrt = lambda builder, x: _root(x, lambda values: 1 / np.sqrt(values))
+
+
+def _root(x: TensorHandle, root: Callable[[Any], Any]) -> TensorHandle:
+    """A root of ``x`` without its subnormal numbers; the rsqrt of 0 is Inf without a warning."""
+    subnormal = (np.abs(x.data) < np.finfo(np.float32).tiny) & (x.data.dtype == np.float32)
+    with np.errstate(divide="ignore"):
+        return TensorHandle(root(np.where(subnormal, np.float32(0), x.data)), x.dtype.scalar)
 
 
 def _argument(value: Any) -> Any:

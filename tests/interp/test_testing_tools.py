@@ -54,6 +54,12 @@ def _later_kernel(x_ptr, y_ptr, first, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _roots_kernel(y_ptr, x):
+    tl.store(y_ptr, tl.sqrt(x))
+    tl.store(y_ptr + 1, tl.rsqrt(x))
+
+
+@triton.jit
 def _square_kernel(y_ptr, x):
     tl.store(y_ptr, x * x)
 
@@ -214,3 +220,12 @@ def test_numbers_are_fp32(x: float, square: float) -> None:
     with np.errstate(over="ignore"):
         _square_kernel[(1,)](y, x)
     assert y.item() == square
+
+
+@pytest.mark.parametrize(
+    ("x", "roots"), [(4.0, [2.0, 0.5]), (1e-40, [0.0, float("inf")]), (2.0**-126, [2.0**-63, 2.0**63])]
+)
+def test_roots_of_subnormals_are_those_of_zero(x: float, roots: list[float]) -> None:
+    y = torch.full((2,), torch.nan)
+    _roots_kernel[(1,)](y, x)
+    assert y.tolist() == roots

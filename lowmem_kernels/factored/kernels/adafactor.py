@@ -82,7 +82,7 @@ def _apply_tile(
             row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
             if full == 0:
                 rows = row + tl.arange(0, BLOCK_ROWS)
-                r, row_scale = row_scales(at, e, rows, NEW_ROW, ROW_MEAN)
+                r, row_scale = row_scales(at, e, rows, NEW_ROW, ROW_MEAN, EPS_FLOOR)
                 tl.store(row_ptr + e.to(tl.int64) * n + rows, r, mask=rows < n)
             for col in range(0, m, BLOCK_COLS):
                 rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
@@ -95,7 +95,7 @@ def _apply_tile(
                     v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, EPS_FLOOR)
                     tl.store(row_ptr + index, v, mask=mask)
                 else:
-                    c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                    c, col_scale = col_scales(at, e, cols, m, NEW_COL, EPS_FLOOR)
                     tl.store(col_ptr + e.to(tl.int64) * m + cols, c, mask=(cols < m) & (row == 0))
                     scale = factored_scale(row_scale, col_scale, eps, EPS_FLOOR)
                 update = step_size * (g * scale)

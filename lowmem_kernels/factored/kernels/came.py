@@ -86,7 +86,7 @@ def _residual_tile(
             squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
             row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
             if full == 0:
-                _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN)
+                _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN, False)
             for col in range(0, m, BLOCK_COLS):
                 rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
                 index = offsets(at, rows, cols, m, 2, STRIDED)
@@ -96,7 +96,7 @@ def _residual_tile(
                     v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, False)
                     tl.store(row_ptr + index, v, mask=mask)
                 else:
-                    _c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                    _c, col_scale = col_scales(at, e, cols, m, NEW_COL, False)
                     scale = factored_scale(row_scale, col_scale, 0.0, False)
                 u = clip * (g * scale)
                 old_m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
@@ -165,7 +165,7 @@ def _confident_tile(
             row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
             if full == 0:
                 rows = row + tl.arange(0, BLOCK_ROWS)
-                rs, row_scale = row_scales(at, e, rows, RES_ROW, RES_MEAN)
+                rs, row_scale = row_scales(at, e, rows, RES_ROW, RES_MEAN, False)
                 r = tl.load(scratch(at, NEW_ROW) + e_n + rows, mask=rows < n, other=0.0)
                 tl.store(res_row_ptr + e_n + rows, rs, mask=rows < n)
                 tl.store(row_ptr + e_n + rows, r, mask=rows < n)
@@ -176,7 +176,7 @@ def _confident_tile(
                 p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
                 update = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
                 if full == 0:
-                    cs, col_scale = col_scales(at, e, cols, m, RES_COL)
+                    cs, col_scale = col_scales(at, e, cols, m, RES_COL, False)
                     c = tl.load(scratch(at, NEW_COL) + e_m + cols, mask=cols < m, other=0.0)
                     first_row_only = (cols < m) & (row == 0)
                     tl.store(res_col_ptr + e_m + cols, cs, mask=first_row_only)

@@ -229,10 +229,10 @@ def floor_tile(
         e = tl.full((), 0, tl.int32) + i
         e_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
         for row in range(first_row, end_row, BLOCK_ROWS):
-            _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN)
+            _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN, True)
             for col in range(0, m, BLOCK_COLS):
                 rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
-                _c, col_scale = col_scales(at, e, cols, m, NEW_COL)
+                _c, col_scale = col_scales(at, e, cols, m, NEW_COL, True)
                 g_ptrs = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
                 g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
                 u = g * factored_scale(row_scale, col_scale, eps, True)

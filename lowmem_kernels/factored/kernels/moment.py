@@ -16,9 +16,16 @@ def load_gradient(pointers, mask, gradient, SKIP_NONFINITE: tl.constexpr):
 
 
 @triton.jit
-def safe_rsqrt(x):
-    """1 / sqrt(x), and 0 for 0: a moment of 0 belongs to gradients that are 0, whose update is not 0 * Inf."""
-    return tl.where(x > 0.0, tl.rsqrt(x), 0.0)
+def safe_rsqrt(x, SUBNORMAL: tl.constexpr):
+    """1 / sqrt(x), and 0 for 0: a moment of 0 belongs to gradients that are 0, whose update is not 0 * Inf.
+
+    tl.rsqrt takes subnormal numbers for 0, so that where they occur (SUBNORMAL) they are scaled by a power of 4.
+    """
+    if SUBNORMAL:
+        scale = tl.where(x < 2.0**-100, 4096.0, 1.0)
+        return tl.where(x > 0.0, tl.rsqrt(x * (scale * scale)) * scale, 0.0)
+    else:
+        return tl.where(x > 0.0, tl.rsqrt(x), 0.0)
 
 
 @triton.jit
@@ -37,10 +44,10 @@ def full_moment(v, g, moments, EPS_FLOOR: tl.constexpr):
     weight, eps = moments
     if EPS_FLOOR:
         v = lerp(v, g * g, weight)
-        return v, safe_rsqrt(tl.maximum(v, eps * eps))  # the square of a small eps is 0
+        return v, safe_rsqrt(tl.maximum(v, eps * eps), True)  # the square of a small eps is 0
     else:
         v = lerp(v, g * g + eps, weight)
-        return v, safe_rsqrt(v)
+        return v, safe_rsqrt(v, False)
 
 
 @triton.jit
@@ -53,16 +60,16 @@ def factored_scale(row_scale, col_scale, eps, EPS_FLOOR: tl.constexpr):
 
 
 @triton.jit
-def row_scales(at, e, rows, NEW: tl.constexpr, MEAN: tl.constexpr):
+def row_scales(at, e, rows, NEW: tl.constexpr, MEAN: tl.constexpr, EPS_FLOOR: tl.constexpr):
     """sqrt(mean(R) / R) of the rows of matrix e, from the new R in the scratch (left there by another launch)."""
     n = field32(at, N)
     r = tl.load(scratch(at, NEW) + e.to(tl.int64) * n + rows, mask=rows < n, other=0.0, cache_modifier=".cg")
     mean = tl.load(scratch(at, MEAN) + e, cache_modifier=".cg")
-    return r, tl.sqrt(mean) * safe_rsqrt(r)
+    return r, tl.sqrt(mean) * safe_rsqrt(r, EPS_FLOOR)
 
 
 @triton.jit
-def col_scales(at, e, cols, m, NEW: tl.constexpr):
+def col_scales(at, e, cols, m, NEW: tl.constexpr, EPS_FLOOR: tl.constexpr):
     """1 / sqrt(C) of columns of matrix e, from the new C in the scratch."""
     c = tl.load(scratch(at, NEW) + e.to(tl.int64) * m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
-    return c, safe_rsqrt(c)
+    return c, safe_rsqrt(c, EPS_FLOOR)
