@@ -106,3 +106,9 @@ def fenced(tensor, poison):
         copy.copy_(tensor)
     assert copy.data_ptr() % 16 == tensor.data_ptr() % 16 or not tensor.numel()
     return copy, storage, ~inside
+
+
+def moved(tensor, device):
+    """A copy on another device with the same strides, storage offset and alignment."""
+    base = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+    return torch.as_strided(base.to(device, copy=True), tensor.shape, tensor.stride(), tensor.storage_offset())

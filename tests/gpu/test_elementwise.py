@@ -8,7 +8,7 @@ from itertools import chain
 import pytest
 import torch
 
-from buckets import make_bucket
+from buckets import make_bucket, moved
 from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.testing import PRECISIONS, SHAPES, assert_same_bits, ulp
@@ -20,14 +20,8 @@ DEVICE = torch.device("cuda")
 def on_gpu(precision):
     bucket = make_bucket(SHAPES, precision)
     for name in ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps"):
-        setattr(bucket, name, [_moved(t) for t in getattr(bucket, name)])
+        setattr(bucket, name, [moved(t, DEVICE) for t in getattr(bucket, name)])
     return bucket
-
-
-def _moved(tensor):
-    """On the GPU with the same strides, storage offset and alignment."""
-    base = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-    return torch.as_strided(base.to(DEVICE), tensor.shape, tensor.stride(), tensor.storage_offset())
 
 
 @pytest.mark.parametrize("verb", ["adamw", "scaled_update"])
