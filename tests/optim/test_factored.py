@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from lowmem_optim import CAME, Adafactor, AdaLomo, TorchAdafactor, came, factored
-from optim.tensors import make_params, set_gradients, take_steps
+from optim.tensors import make_params, set_gradients
 
 NAMES = ("scalar", "vector", "matrix", "experts", "empty")
 scaled = pytest.mark.parametrize("optimizer", [Adafactor, AdaLomo, TorchAdafactor])
