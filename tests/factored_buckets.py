@@ -10,7 +10,6 @@ from lowmem_kernels import Rounding
 from lowmem_kernels.factored import FactoredRule, confidence_update_, factored_update_
 from lowmem_kernels.testing import Case, Precision, assert_same_bits, make_tensors
 
-VERBS = ("factored", "confidence")
 #: The lists in the order of confidence_update_'s arguments.
 NAMES = ("params", "grads", "exp_avgs", "rows", "cols", "res_rows", "res_cols", "steps")
 
@@ -32,9 +31,7 @@ RULES = {
         rule=FactoredRule(beta2=0.99, clip_threshold=1e3, lr_schedule="warmup", scale_parameter=False),
     ),
 }
-CAME = dict(
-    lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip_threshold=1.0
-)  # fmt: skip
+CAME = dict(lr=1e-3, weight_decay=0.01, betas=(0.9, 0.999, 0.9999), eps=(1e-30, 1e-16), clip_threshold=1.0)
 #: A verb and its options for every dialect.
 DIALECTS = {**{name: ("factored", options) for name, options in RULES.items()}, "came": ("confidence", CAME)}
 

@@ -42,7 +42,7 @@ def no_races():
     def touch(builder, users, pointers, mask):
         addresses = np.asarray(pointers.data)
         if mask is not None:
-            addresses = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)]
+            addresses = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask), dtype=bool), addresses.shape)]
         program = builder.grid_idx
         for address in addresses.ravel().tolist():
             users[program in counted][address].add(program)

@@ -51,7 +51,8 @@ def factored_update_(
 ) -> None:
     """Update parameters by Adafactor, in place, in the dialect of ``rule``.
 
-    As in the module's docstring; with momentum ``m += (1 - beta1)(rate_t u - m)`` takes the place of rate_t u.
+    As in the module's docstring; with momentum ``m += (1 - beta1)(rate_t u - m)``, before it is rounded, takes the
+    place of rate_t u.
 
     Args:
         params: p, written.
@@ -114,7 +115,8 @@ def confidence_update_(
         Rs += w3 (mean_j s - Rs),  Cs += w3 (mean_i s - Cs),  S_ij = Rs_i Cs_j / mean(Rs)
         p -= lr m / sqrt(S) + lr weight_decay p
 
-    A parameter of fewer than two dimensions has no S: ``p -= lr m + lr weight_decay p``.
+    A parameter of fewer than two dimensions has no S: ``p -= lr m + lr weight_decay p``. Where m is bfloat16, s is made
+    of it as it is before rounding, and p moves by it as it is stored.
 
     Args:
         params: p, written.

@@ -29,8 +29,7 @@ FIELDS = (
     "partial",  # matrices x groups x 2 x m: sums of g² and of g²/R over the group's rows
     "row_sum",  # matrices x groups: sum of the new R
     "row_min",  # matrices x groups: smallest R that has a gradient
-    "param_sum",  # tickets: sum of p², before the update
-    "new_param_sum",  # tickets: after it
+    "param_sum",  # tickets: sum of p², before the update where it is needed, then after it
     "update_sum",  # sums of u²
     "floored",  # col_tickets: above 0 where the floor under V is felt, NaN where a sum is not finite
     "scalars",  # see SCALARS
@@ -58,7 +57,6 @@ SCALARS = (
     "ok",  # 1 where the parameter is to be updated
     "step_size",  # what multiplies g / sqrt(V)
     "decay",  # what multiplies p
-    "used_sum",  # the sum of p² that the step used
     "felt",  # above 0 where the floor under V is felt
 )
 

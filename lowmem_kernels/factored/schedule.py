@@ -197,7 +197,6 @@ class _Row:
             "row_sum": matrices * groups,
             "row_min": matrices * groups,
             "param_sum": tickets,
-            "new_param_sum": tickets,
             "update_sum": max(tickets, col_tickets),
             "floored": col_tickets,
             "scalars": len(SCALARS),

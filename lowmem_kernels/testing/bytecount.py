@@ -110,7 +110,7 @@ class _Spans:
         addresses = np.asarray(ptrs.data)
         if mask is not None:
             # block pointers and descriptors pass a bare array as the mask
-            addresses = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask)), addresses.shape)]
+            addresses = addresses[np.broadcast_to(np.asarray(getattr(mask, "data", mask), dtype=bool), addresses.shape)]
         addresses = addresses.ravel()
         element_bytes = ptrs.get_element_ty().primitive_bitwidth // 8
         for name, group in self._by_name(addresses):

@@ -136,9 +136,21 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
 
     Gradients have the parameters' itemsize e, states have s: "adamw" reads 2e + 2s and writes e + 2s for each element,
     "scaled_update" reads 2e and writes e, "grad_stats" reads e.
+
+    Of matrices, factors and partial sums not included, with s = 0 where there is no momentum: "factored" reads g three
+    times, of which the second is served by a cache, and p and m once; "factored_scaled" has to read p for its RMS,
+    "factored_floor" g because the floor under V is felt; "confidence" reads m twice, and writes it before p.
     """
     e, s = param_itemsize, state_itemsize
-    formulas = {"adamw": (2 * e + 2 * s, e + 2 * s), "scaled_update": (2 * e, e), "grad_stats": (e, 0)}
+    formulas = {
+        "adamw": (2 * e + 2 * s, e + 2 * s),
+        "scaled_update": (2 * e, e),
+        "grad_stats": (e, 0),
+        "factored": (4 * e + s, e + s),
+        "factored_scaled": (5 * e + s, e + s),
+        "factored_floor": (5 * e + s, e + s),
+        "confidence": (4 * e + 2 * s, e + s),
+    }
     if rule not in formulas:
         raise ValueError(f"rule is {rule!r}; allowed: {', '.join(map(repr, formulas))}")
     read, written = formulas[rule]

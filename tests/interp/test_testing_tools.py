@@ -47,6 +47,13 @@ def _cast_kernel(x_ptr, y_ptr, BLOCK: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
+def _later_kernel(x_ptr, y_ptr, first, BLOCK: tl.constexpr):
+    offs = tl.arange(0, BLOCK)
+    for i in range(0, 3):
+        tl.store(y_ptr + offs, tl.load(x_ptr + offs, mask=(offs < 5) & (i > first), other=0.0))
+
+
+@triton.jit
 def _square_kernel(y_ptr, x):
     tl.store(y_ptr, x * x)
 
@@ -162,6 +169,14 @@ def _awkward_floats() -> torch.Tensor:
     bits = np.concatenate([random, ties, ties - 1, ties + 1, subnormal, special])
     assert bits.size == 2**15
     return torch.from_numpy(bits.view(np.float32))
+
+
+def test_a_mask_of_scalars_is_a_mask() -> None:
+    """The interpreter's comparison with a loop's counter is 0 or 1 in integers, which are no indices."""
+    x, y = torch.ones(8), torch.zeros(8)
+    with count_bytes({"x": x}) as traffic:
+        _later_kernel[(1,)](x, y, 0, BLOCK=8)
+    assert traffic.read["x"] == 2 * 5 * 4
 
 
 @pytest.mark.usefixtures("_rounding")

@@ -52,7 +52,6 @@ def sizes_of(row, residual):
         "row_sum": groups,
         "row_min": factored * groups,
         "param_sum": row["tickets"],
-        "new_param_sum": row["tickets"],
         "update_sum": max(row["tickets"], row["col_tickets"]),
         "floored": factored * row["col_tickets"],
         "scalars": len(SCALARS),

@@ -21,7 +21,6 @@ from .constants import (
     KEY,
     LOOK_COLUMNS,
     NEW_COL,
-    NEW_PARAM_SUM,
     NEW_ROW,
     OK,
     P_COLUMN,
@@ -34,7 +33,6 @@ from .constants import (
     STEP_SIZE,
     TICKETS,
     UPDATE_SUM,
-    USED_SUM,
 )
 from .look import end_step, finish, floor_tile, look_and_columns
 from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, weight_of
@@ -74,8 +72,7 @@ def _apply_tile(
     size = n.to(tl.int64) * m
     first, end = matrices_of(at, ticket, GROUPS)
     _group, first_row, end_row = rows_of(at, ticket)
-    old_squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
-    new_squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
+    squares = tl.zeros((BLOCK_ROWS, BLOCK_COLS // 4), tl.float32)
     for i in range(first, end):
         e = tl.full((), 0, tl.int32) + i
         start = e.to(tl.int64) * size
@@ -111,13 +108,11 @@ def _apply_tile(
                 new_p = rounded(p - (update + decay * p), key_p, row_starts, cols[None, :], PARAM, STOCHASTIC)
                 tl.store(p_ptrs, new_p, mask=mask)
                 if param_sum_ptr is not None:
-                    old_squares += by_fours(p * p)
-                    # outside the mask all of it is 0
-                    stored = new_p.to(tl.float32)
-                    new_squares += by_fours(stored * stored)
+                    # as it is stored; outside the mask all of it is 0
+                    p = new_p.to(tl.float32)
+                    squares += by_fours(p * p)
     if param_sum_ptr is not None:
-        tl.store(scratch(at, PARAM_SUM) + ticket, tl.sum(old_squares))
-        tl.store(scratch(at, NEW_PARAM_SUM) + ticket, tl.sum(new_squares))
+        tl.store(scratch(at, PARAM_SUM) + ticket, tl.sum(squares))
 
 
 @triton.jit(do_not_specialize=["rows_start", "segment", "segments", "ticket"])
@@ -182,8 +177,4 @@ def _factored_kernel(
         last = end_step(at, counter_ptr, address_ptr, step, skipped_ptr)
         if CARRY:
             if last & ok:
-                tickets = field32(at, TICKETS)
-                # p as it was has been summed again: whoever changed it unseen has changed its sum
-                seen = sum_of(scratch(at, PARAM_SUM), tickets) == tl.load(scratch(at, SCALARS_START) + USED_SUM)
-                new_sum = sum_of(scratch(at, NEW_PARAM_SUM), tickets)
-                tl.store(param_sum_ptr, tl.where(seen, new_sum, float("nan")))
+                tl.store(param_sum_ptr, sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS)))

@@ -8,7 +8,7 @@ from ..fields import SLAB as _SLAB
 
 (
     KEY, FULL, NUMEL, MATRICES, N, M, LAST, GROUP_ROWS, GROUPS, BATCH, TICKETS, SLAB_TICKETS, SLAB_WIDTH, COL_TICKETS,
-    UPDATE_SUMS, NEW_ROW, NEW_COL, ROW_MEAN, PARTIAL, ROW_SUM, ROW_MIN, PARAM_SUM, NEW_PARAM_SUM, UPDATE_SUM, FLOORED,
+    UPDATE_SUMS, NEW_ROW, NEW_COL, ROW_MEAN, PARTIAL, ROW_SUM, ROW_MIN, PARAM_SUM, UPDATE_SUM, FLOORED,
     SCALARS_START, RES_ROW, RES_COL, RES_MEAN, DIMS, NDIM, PARAM_STRIDES, _, GRAD_STRIDES, _,
 ) = [tl.constexpr(i) for i in range(len(FIELDS))]  # fmt: skip
 FIELDS_SIZE = tl.constexpr(len(FIELDS))
@@ -21,7 +21,7 @@ COLUMNS_SIZE = tl.constexpr(len(COLUMNS))
 
 LOOK, LOOK_COLUMNS, FLOOR, RESIDUAL, RESIDUAL_COLUMNS, APPLY = [tl.constexpr(i) for i in range(len(PHASES))]
 
-OK, STEP_SIZE, DECAY, USED_SUM, FELT = [tl.constexpr(i) for i in range(len(SCALARS))]
+OK, STEP_SIZE, DECAY, FELT = [tl.constexpr(i) for i in range(len(SCALARS))]
 
 COLUMNS_DONE, FLOOR_DONE, APPLY_DONE = [tl.constexpr(i) for i in range(len(COUNTERS))]
 COUNTERS_SIZE = tl.constexpr(len(COUNTERS))

@@ -37,7 +37,6 @@ from .constants import (
     TICKETS,
     UPDATE_SUM,
     UPDATE_SUMS,
-    USED_SUM,
     M,
     N,
 )
@@ -264,11 +263,10 @@ def finish(
     if SCHEDULE == "warmup":
         rate = tl.minimum(lr * step, tl.rsqrt(step))
     if SCALE_PARAMETER:
-        used_sum = carried_sum(param_sum_ptr)
-        if used_sum != used_sum:
-            used_sum = sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS))
-        tl.store(scratch(at, SCALARS_START) + USED_SUM, used_sum)
-        rate *= tl.maximum(eps2, tl.sqrt(used_sum / numel))
+        param_sum = carried_sum(param_sum_ptr)
+        if param_sum != param_sum:
+            param_sum = sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS))
+        rate *= tl.maximum(eps2, tl.sqrt(param_sum / numel))
     if SCALE_DECAY:
         decay = rate * weight_decay
     else:
