@@ -16,7 +16,7 @@ import came_pytorch
 import torch
 import transformers
 import typer
-from interleaved import DTYPES, Step, copier, median_seconds, parameter, stepper, temporary_bytes, write_record
+from interleaved import DTYPES, Step, copier, measured_seconds, parameter, stepper, temporary_bytes, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -71,24 +71,31 @@ def measure(group: str, size: int, dtype: torch.dtype, rounds: int, label: str) 
     """Return the figures of each contender of a group."""
     p_bytes = size * size * dtype.itemsize
     steps = {name: make(parameter(size, dtype)) for name, make in contenders(group, dtype).items()}
-    seconds = median_seconds({"copy": copier(size, dtype), **steps}, rounds, label)
+    seconds = measured_seconds({"copy": copier(size, dtype), **steps}, rounds, label)
     figures: dict[str, dict[str, object]] = {}
     for name, step in steps.items():
         temporaries = temporary_bytes(step)
         figures[name] = {
-            "copies": round(seconds[name] / seconds["copy"], 2),
+            "copies": round(seconds[name].median / seconds["copy"].median, 2),
             "temporaries": None if temporaries is None else round(temporaries / p_bytes, 3),
         }
         if name not in GROUPS[group][0]:
             figures[name]["times_faster_than"] = {
-                other: round(seconds[other] / seconds[name], 2) for other in GROUPS[group][0]
+                other: {
+                    "medians": round(seconds[other].median / seconds[name].median, 2),
+                    "least": round(seconds[other].least / seconds[name].least, 2),
+                }
+                for other in GROUPS[group][0]
             }
     return figures
 
 
 def show(console: Console, title: str, groups: dict[str, dict[str, dict[str, object]]]) -> None:
     """Print the figures of one dtype."""
-    table = Table(title=title, caption="medians of an interleaved run for each group; temporaries at their peak")
+    table = Table(
+        title=title,
+        caption="an interleaved run for each group, medians (least disturbed steps); temporaries at their peak",
+    )
     table.add_column(no_wrap=True)
     for column in (
         "copies of\nthe parameter",
@@ -99,7 +106,8 @@ def show(console: Console, title: str, groups: dict[str, dict[str, dict[str, obj
     for rows in groups.values():
         for name, row in rows.items():
             faster = row.get("times_faster_than", {})
-            table.add_row(name, f"{row['copies']}", f"{row['temporaries']}", "  ".join(map(str, faster.values())))
+            ratios = [f"{ratio['medians']} ({ratio['least']})" for ratio in faster.values()]
+            table.add_row(name, f"{row['copies']}", f"{row['temporaries']}", "\n".join(ratios))
         table.add_section()
     console.print(table)
 

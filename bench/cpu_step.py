@@ -14,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from interleaved import DTYPES, Step, copier, median_seconds, parameter, stepper, write_record
+from interleaved import DTYPES, Step, copier, measured_seconds, parameter, stepper, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -63,7 +63,7 @@ def measure(size: int, dtype: torch.dtype, rounds: int, label: str) -> dict[str,
     steps = {"copy": copier(size, dtype)}
     for group in CONTENDERS.values():
         steps.update({name: make(parameter(size, dtype)) for name, make in group.items()})
-    return median_seconds(steps, rounds, label)
+    return {name: seconds.median for name, seconds in measured_seconds(steps, rounds, label).items()}
 
 
 def main(

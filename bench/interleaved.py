@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from rich.progress import track
@@ -17,6 +18,13 @@ from lowmem_optim.cli.measure import PeakMemory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Step = Callable[[], object]
+
+
+class Seconds(NamedTuple):
+    """Of many measurements: the median, and the least, which is that of the step that was disturbed least."""
+
+    median: float
+    least: float
 
 
 def stepper(optimizer: torch.optim.Optimizer) -> Step:
@@ -37,8 +45,8 @@ def copier(size: int, dtype: torch.dtype) -> Step:
     return lambda: target.copy_(source)
 
 
-def median_seconds(steps: Mapping[str, Step], rounds: int, label: str) -> dict[str, float]:
-    """Return the median seconds of this thread in each step, after one that is not counted.
+def measured_seconds(steps: Mapping[str, Step], rounds: int, label: str) -> dict[str, Seconds]:
+    """Return the seconds of this thread in each step, after one that is not counted.
 
     Steps take turns, so that whatever else the machine does hits them alike, and time in which another process has the
     core is not counted.
@@ -51,7 +59,7 @@ def median_seconds(steps: Mapping[str, Step], rounds: int, label: str) -> dict[s
             start = time.thread_time()
             step()
             seconds[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: Seconds(statistics.median(values), min(values)) for name, values in seconds.items()}
 
 
 def temporary_bytes(step: Step) -> int | None:

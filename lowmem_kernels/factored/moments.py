@@ -81,13 +81,13 @@ class FactoredMoment:
     def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         # in every block, as few calls as there can be: at 4096 columns they cost as much as the arithmetic
         self.new_row = self.row.clone()
-        row_sums = torch.empty_like(self.row)
+        means = torch.empty_like(self.row)
         left = self.row.new_ones(len(self.row), self.n, 2)
         sums = self.col.new_zeros(len(self.col), 2, self.m)
         unit, smallest = self.row.new_tensor(_UNIT), self.row.new_tensor(_SMALLEST)
         poison = 0.0
-        row_like = (self.new_row, row_sums, left, left[..., 1:])
-        for _, (block,), (row, row_sum, factors, inverse), (col_sums,) in _blocks(
+        row_like = (self.new_row, means, left, left[..., 1:])
+        for _, (block,), (row, mean, factors, inverse), (col_sums,) in _blocks(
             self.n, self.m, [grad], row_like, [sums]
         ):
             q = scratch.like(block)[0]
@@ -95,10 +95,10 @@ class FactoredMoment:
             if transform.clip_value is not None and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
             torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
-            torch.sum(q, -1, keepdim=True, out=row_sum)
+            torch.mean(q, -1, keepdim=True, out=mean)
             # by the difference: a factor 1 - w, rounded, would make the same error in every step, which adds up
-            row.lerp_((row_sum / self.m).add_(self.added), self.weight)
-            torch.div(unit, torch.maximum(row, smallest, out=inverse), out=inverse)
+            row.lerp_(mean.add_(self.added) if self.added else mean, self.weight)
+            torch.div(unit, row if self.added else torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
             col_sums.baddbmm_(factors.mT, q)
         self.new_col = torch.lerp(self.col, sums[:, :1] / self.n + self.added, self.weight)
@@ -108,7 +108,7 @@ class FactoredMoment:
         self.col_scale = _safe_rsqrt(self.new_col)
         if self.floor:
             # V of the smallest row and column that have a gradient: is the floor under V felt?
-            smallest_row = torch.where(row_sums > 0, self.new_row, math.inf).amin(1, keepdim=True).double()
+            smallest_row = torch.where(means > 0, self.new_row, math.inf).amin(1, keepdim=True).double()
             smallest_col = torch.where(sums[:, :1] > 0, self.new_col, math.inf).amin(2, keepdim=True).double()
             # where it is below fp32's normal numbers, 1 / R may be Inf, and the column sums do not tell the sum of u²
             if not (smallest_row / mean_row * smallest_col > max(self.floor**2, 2.0**-126)).all():

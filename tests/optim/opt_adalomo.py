@@ -54,62 +54,45 @@ def clip_before(params):
         param.grad.mul_((MAX_NORM / (norm + 1e-6)).clamp(max=1.0))
 
 
-def peer(dtype=torch.float32, before_step=lambda params: None):
-    """The package allocates states of shape[0] and shape[1] elements, so that it takes vectors and matrices only."""
-    half = dtype is torch.bfloat16
-    return Peer(
-        "lomo-optim-bf16" if half else "lomo-optim",
-        OfPackage,
-        dtype,
-        {"stochastic_rounding": False} if half else {},
-        before_step=before_step,
-        unknown=frozenset({"stochastic_rounding"}),
-        # as in opt_adafactor.py: the package rounds once, too
-        mismatches=0.002,
-        layouts=("vector", "matrix", "one_row", "one_column", "transposed", "strided"),
-    )
-
-
 #: as in opt_lomo.py: some steps' norms are larger, and some elements
 MAX_NORM = 25.0
 MAX_VALUE = 0.7
-OPTIONS = {"lr": 1e-2, "weight_decay": 0.1}
-OTHER_OPTIONS = {"lr": 3e-3, "eps": (1e-2, 2.0), "clip_threshold": 0.6, "decay_rate": -0.5}
-WRONG = [
-    *WRONG_COMMON,
-    *WRONG_CLIP,
-    *WRONG_RATE,
-    ("clip_grad_norm", 0.0),
-    ("clip_grad_norm", -1.0),
-    ("clip_grad_value", float("inf")),
-    ("clip_grad_value", "1"),
-]
-
-
-def adalomo_case(name, peers, **fields):
-    options = {**OPTIONS, **fields.pop("options", {})}
-    return OptimizerCase(
-        name=name,
-        optimizer=AdaLomo,
-        options=options,
-        other_options=OTHER_OPTIONS,
-        oracle=oracle,
-        state=lambda shape, dtype: factors(shape),
-        wrong=WRONG,
-        peers=peers,
-        elementwise=False,
-        decay=scaled_by_parameter,
-        **fields,
-    )
-
+#: the package allocates states of shape[0] and shape[1] elements, so that it takes vectors and matrices only
+LAYOUTS = ("vector", "matrix", "one_row", "one_column", "transposed", "strided")
 
 CASES = [
-    adalomo_case("adalomo", [peer(), peer(torch.bfloat16)]),
-    adalomo_case(
-        "adalomo-clip",
-        [peer(before_step=clip_before)],
-        options={"clip_grad_norm": MAX_NORM, "clip_grad_value": MAX_VALUE},
+    OptimizerCase(
+        name="adalomo",
+        optimizer=AdaLomo,
+        options={"lr": 1e-2, "weight_decay": 0.1, "clip_grad_norm": MAX_NORM, "clip_grad_value": MAX_VALUE},
+        other_options={"lr": 3e-3, "eps": (1e-2, 2.0), "clip_threshold": 0.6, "decay_rate": -0.5},
+        oracle=oracle,
+        state=lambda shape, dtype: factors(shape),
+        wrong=[
+            *WRONG_COMMON,
+            *WRONG_CLIP,
+            *WRONG_RATE,
+            ("clip_grad_norm", 0.0),
+            ("clip_grad_norm", -1.0),
+            ("clip_grad_value", float("inf")),
+            ("clip_grad_value", "1"),
+        ],
+        peers=[
+            Peer("lomo-optim", OfPackage, before_step=clip_before, layouts=LAYOUTS),
+            # as in opt_adafactor.py: the package rounds once, too; without clipping, which here would round gradients
+            Peer(
+                "lomo-optim-bf16",
+                OfPackage,
+                torch.bfloat16,
+                {"stochastic_rounding": False, "clip_grad_norm": None, "clip_grad_value": None},
+                unknown=frozenset({"stochastic_rounding"}),
+                mismatches=0.002,
+                layouts=LAYOUTS,
+            ),
+        ],
         couples_parameters=True,
         bounds_elements=True,
-    ),
+        elementwise=False,
+        decay=scaled_by_parameter,
+    )
 ]
