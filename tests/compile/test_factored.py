@@ -53,9 +53,9 @@ def tiles_accessed(case: CompileCase) -> tuple[list[int], list[int]]:
 @every_case
 def test_fits_in_registers(target, name):
     report = inspected(target, name)
-    if target == "sm_80" or CASES[target, name].constexprs["STRIDED"]:
-        # tiles and bounds were chosen for sm_90, and NVIDIA's 64-bit division, which strided layouts need for stacks of
-        # matrices, is a call with a frame of its own
+    if target in ("sm_80", "sm_100") or CASES[target, name].constexprs["STRIDED"]:
+        # tiles and the bound of 128 registers were chosen for sm_90: Triton 3.6.0 saves 56 bytes of CAME in fp32 on
+        # sm_100. And NVIDIA's 64-bit division, which strided layouts need for stacks of matrices, is a call with a frame
         assert report.stack_bytes <= 64, report
     else:
         assert not report.spilled, report
