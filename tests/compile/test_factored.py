@@ -54,8 +54,8 @@ def tiles_accessed(case: CompileCase) -> tuple[list[int], list[int]]:
 def test_fits_in_registers(target, name):
     report = inspected(target, name)
     if target in ("sm_80", "sm_100") or CASES[target, name].constexprs["STRIDED"]:
-        # tiles and the bound of 128 registers were chosen for sm_90: Triton 3.6.0 saves 56 bytes of CAME in fp32 on
-        # sm_100. And NVIDIA's 64-bit division, which strided layouts need for stacks of matrices, is a call with a frame
+        # tiles and the bound of 128 registers were chosen for sm_90: with Triton 3.6.0 CAME in fp32 saves 56 bytes on
+        # sm_100. And NVIDIA's 64-bit division, which strided layouts need for stacks of matrices, has a stack frame
         assert report.stack_bytes <= 64, report
     else:
         assert not report.spilled, report
