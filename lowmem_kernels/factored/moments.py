@@ -84,7 +84,7 @@ class FactoredMoment:
         means = torch.empty_like(self.row)
         left = self.row.new_ones(len(self.row), self.n, 2)
         sums = self.col.new_zeros(len(self.col), 2, self.m)
-        unit, smallest = self.row.new_tensor(_UNIT), self.row.new_tensor(_SMALLEST)
+        unit, smallest, added, share = (self.row.new_tensor(x) for x in (_UNIT, _SMALLEST, self.added, 1 / self.m))
         poison = 0.0
         row_like = (self.new_row, means, left, left[..., 1:])
         for _, (block,), (row, mean, factors, inverse), (col_sums,) in _blocks(
@@ -95,9 +95,9 @@ class FactoredMoment:
             if transform.clip_value is not None and transform.skip_nonfinite:
                 poison += 0.0 * unscaled.sum().item()  # what clipping would hide
             torch.mul(g, g, out=q)  # contiguous, so that sums are the same whatever the strides are
-            torch.mean(q, -1, keepdim=True, out=mean)
+            torch.addcmul(added, torch.sum(q, -1, keepdim=True, out=mean), share, out=mean)
             # by the difference: a factor 1 - w, rounded, would make the same error in every step, which adds up
-            row.lerp_(mean.add_(self.added) if self.added else mean, self.weight)
+            row.lerp_(mean, self.weight)
             torch.div(unit, row if self.added else torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
             col_sums.baddbmm_(factors.mT, q)

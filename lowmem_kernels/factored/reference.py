@@ -57,7 +57,7 @@ def factored_update_(
                 u, v = v, u
             _subtract(p, x, y, decay, (v, u), rounding.stochastic, p_key, start)
             if carried is not None:
-                new_squares += moment.squares(p, v)  # while the block is in the cache
+                new_squares += moment.squares(p, u)  # while the block is in the cache
         moment.commit()
         if carried is not None:
             carried.fill_(new_squares)
