@@ -12,11 +12,11 @@ from lowmem_optim.cli.report import ABSENT, MIB
 
 WIDTH = 96  # below that names and figures would be cut
 NOTES = {
-    "cpu": "ms: median, and 20th to 80th percentile, of steps that take turns. bytes: the least that a step has to move "
+    "cpu": "ms: median, and 20th to 80th percentile, of steps that take turns. bytes: the least a step has to move "
     "by formula; GB/s: those by the median. more MiB: growth of resident memory in a step, at its peak. Host time and "
     "launches are not separable on a CPU.",
     "cuda": "ms: median, and 20th to 80th percentile, of steps that take turns, between events on the device. host µs: "
-    "until step() returned. bytes: the least that a step has to move by formula; GB/s: those by the median. more MiB: "
+    "until step() returned. bytes: the least a step has to move by formula; GB/s: those by the median. more MiB: "
     "allocated in a step, at its peak.",
 }
 
