@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -131,11 +132,19 @@ def bench_command(
 
 def _run(work: "Workload", contenders: "list[Contender]", console: Console) -> "list[Row]":
     """The rows of all contenders, with a progress bar where there is a terminal."""
+    import torch
+
     from lowmem_optim.cli import bench_rows
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("", total=bench_rows.total_steps(contenders, work.rounds))
-        return bench_rows.run(
-            work, contenders, lambda doing, steps: progress.update(task, description=doing, advance=steps)
-        )
+        try:
+            return bench_rows.run(
+                work, contenders, lambda doing, steps: progress.update(task, description=doing, advance=steps)
+            )
+        except torch.OutOfMemoryError as error:
+            raise typer.BadParameter(
+                "not enough memory: every contender has parameters and state of its own; "
+                "use fewer --layers, a smaller --model or some --optimizer"
+            ) from error
