@@ -49,10 +49,12 @@ def _draw_roof(axes: Axes, rows: list[Row], parameters: int) -> None:
         # a label that would lie on one further down moves up
         height = rate
         for other, taken in labels:
-            if abs(other - width) < 0.35 * right and height - taken < 0.03 * top:
+            if abs(other - width) < 0.28 * right and height - taken < 0.03 * top:
                 height = taken + 0.03 * top
         labels.append((width, height))
-        axes.text(width + 0.02 * right, height, row.contender, fontsize=7, va="center")
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5}
+        place = (width + 0.03 * right, height)
+        axes.annotate(row.contender, (width, rate), place, fontsize=7, va="center", arrowprops=line)
     axes.set_ylim(0, top)
     axes.set_xlim(0, right)
     axes.set_xlabel("least bytes per parameter, by formula")
