@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 import lowmem_optim
 from lowmem_kernels.testing.models import MODELS, Architecture, model_shapes, parameter_count
-from lowmem_optim.cli import app, bench_rows, contenders, timing
+from lowmem_optim.cli import app, bench_rows, contenders, measure, timing
 from lowmem_optim.cli.bench_rows import Row, Workload
 
 CPU = torch.device("cpu")
@@ -19,7 +19,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A model that takes no time, a small cache, and the threads that were."""
+    """A model that takes no time, a small cache, no collection of garbage, and the threads that were."""
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
     monkeypatch.setitem(MODELS, "tiny", Architecture(64, 32, 48, 2, 4, 2))
     monkeypatch.setattr(timing, "_cpu_cache_bytes", lambda: 2**16)
     threads = torch.get_num_threads()
