@@ -16,12 +16,15 @@ import came_pytorch
 import torch
 import transformers
 import typer
-from interleaved import DTYPES, Step, copier, measured_seconds, parameter, stepper, temporary_bytes, write_record
+from interleaved import CPU, copier, measured_seconds, parameter, stepper, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from lowmem_optim import CAME, Adafactor, TorchAdafactor
+from lowmem_optim.cli.loop import DTYPES
+from lowmem_optim.cli.measure import temporary_bytes
+from lowmem_optim.cli.timing import Step
 
 Make = Callable[..., torch.optim.Optimizer]
 
@@ -74,7 +77,7 @@ def measure(group: str, size: int, dtype: torch.dtype, rounds: int, label: str) 
     seconds = measured_seconds({"copy": copier(size, dtype), **steps}, rounds, label)
     figures: dict[str, dict[str, object]] = {}
     for name, step in steps.items():
-        temporaries = temporary_bytes(step)
+        temporaries = temporary_bytes(step, CPU)
         figures[name] = {
             "copies": round(seconds[name].median / seconds["copy"].median, 2),
             "temporaries": None if temporaries is None else round(temporaries / p_bytes, 3),

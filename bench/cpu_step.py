@@ -14,13 +14,15 @@ from typing import Annotated
 
 import torch
 import typer
-from interleaved import DTYPES, Step, copier, measured_seconds, parameter, stepper, write_record
+from interleaved import copier, measured_seconds, parameter, stepper, write_record
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_
 
 from lowmem_optim import AdamW, Lomo
+from lowmem_optim.cli.loop import DTYPES
+from lowmem_optim.cli.timing import Step
 
 
 def clipped_sgd(p: Tensor) -> Step:

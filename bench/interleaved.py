@@ -5,19 +5,17 @@ from __future__ import annotations
 import json
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from rich.progress import track
+from rich.progress import Progress
 from torch import Tensor
 
-from lowmem_optim.cli.measure import PeakMemory
+from lowmem_optim.cli.timing import Step, Stopwatch, interleaved
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-Step = Callable[[], object]
+CPU = torch.device("cpu")
 
 
 class Seconds(NamedTuple):
@@ -46,30 +44,12 @@ def copier(size: int, dtype: torch.dtype) -> Step:
 
 
 def measured_seconds(steps: Mapping[str, Step], rounds: int, label: str) -> dict[str, Seconds]:
-    """Return the seconds of this thread in each step, after one that is not counted.
-
-    Steps take turns, so that whatever else the machine does hits them alike, and time in which another process has the
-    core is not counted.
-    """
-    for step in steps.values():
-        step()
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in track(range(rounds), description=label):
-        for name, step in steps.items():
-            start = time.thread_time()
-            step()
-            seconds[name].append(time.thread_time() - start)
+    """Return the seconds of this thread in each step; see `lowmem_optim.cli.timing`."""
+    with Progress() as progress:
+        task = progress.add_task(label, total=rounds * len(steps))
+        times = interleaved(steps, rounds, Stopwatch(CPU), lambda _: progress.advance(task))
+    seconds = {name: [time.step for time in values] for name, values in times.items()}
     return {name: Seconds(statistics.median(values), min(values)) for name, values in seconds.items()}
-
-
-def temporary_bytes(step: Step) -> int | None:
-    """Return by how much the process's resident memory grows in a step, at its peak; None where nothing tells.
-
-    That counts all that a step allocates, also inside torch, where its pages are touched. State has to exist already.
-    """
-    memory = PeakMemory(torch.device("cpu"))
-    step()
-    return memory.growth()
 
 
 def write_record(out: Path, command: str, figures: object) -> None:

@@ -140,6 +140,8 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     Of matrices, factors and partial sums not included, with s = 0 where there is no momentum: "factored" reads g three
     times, of which the second is served by a cache, and p and m once; "factored_scaled" has to read p for its RMS,
     "factored_floor" g because the floor under V is felt; "confidence" reads m twice, and writes it before p.
+
+    Of vectors, whose V is kept in full: "factored_vector" and "confidence_vector" read g and V twice.
     """
     e, s = param_itemsize, state_itemsize
     formulas = {
@@ -150,8 +152,19 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
         "factored_scaled": (5 * e + s, e + s),
         "factored_floor": (5 * e + s, e + s),
         "confidence": (4 * e + 2 * s, e + s),
+        "factored_vector": (3 * e + s + 8, e + s + 4),
+        "confidence_vector": (3 * e + 2 * s + 8, e + s + 4),
     }
     if rule not in formulas:
         raise ValueError(f"rule is {rule!r}; allowed: {', '.join(map(repr, formulas))}")
     read, written = formulas[rule]
     return read * numel, written * numel
+
+
+def cached_bytes(rule: str, numel: int, param_itemsize: int) -> int:
+    """Return how many of the bytes that `bytes_moved` says are read a second time at once, which a cache can serve.
+
+    They are the second sweep over a block of rows of g, which no larger part of g comes between.
+    """
+    swept_twice = ("factored", "factored_scaled", "factored_floor", "confidence")
+    return param_itemsize * numel if rule in swept_twice else 0

@@ -128,9 +128,17 @@ def test_the_floor_is_looked_at_only_where_it_is_felt(grad, formula, monkeypatch
     assert total(traffic) == bytes_moved(formula, 130 * 512, 4)
 
 
-def test_a_vector_keeps_v_in_full(monkeypatch):
+@pytest.mark.parametrize("verb", ["factored", "factored with momentum", "confidence"])
+@pytest.mark.parametrize("precision", [BF16, BF16_FP32, FP32], ids=str)
+def test_a_vector_keeps_v_in_full(verb, precision, monkeypatch):
     """V is computed in both looks rather than stored between them."""
-    traffic = requested(monkeypatch, Case("case", (9000,)), BF16, UNSCALED)
-    assert traffic.read["grads"] == 2 * 2 * 9000
+    rule = {"factored": UNSCALED, "factored with momentum": replace(UNSCALED, beta1=0.9), "confidence": None}[verb]
+    traffic = requested(monkeypatch, Case("case", (9000,)), precision, rule)
+    e, s = precision.param.itemsize, 0 if verb == "factored" else precision.state.itemsize
+    assert traffic.read["grads"] == 2 * e * 9000
     assert traffic.read["rows"] == 2 * traffic.written["rows"] == 2 * 4 * 9000
-    assert traffic.read["params"] == traffic.written["params"] == 2 * 9000
+    assert traffic.read["params"] == traffic.written["params"] == e * 9000
+    read, written = total(traffic)
+    formula = "confidence_vector" if rule is None else "factored_vector"
+    moved = read + traffic.read["rows"], written + traffic.written["rows"]
+    assert moved == bytes_moved(formula, 9000, e, s)

@@ -4,6 +4,7 @@ import ctypes
 import gc
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -45,6 +46,18 @@ class PeakMemory:
             return None
         peak = torch.cuda.max_memory_allocated(self.device) if self.device.type == "cuda" else _peak_resident()
         return peak - self._start
+
+
+def temporary_bytes(step: Callable[[], object], device: torch.device) -> int | None:
+    """What a step needs on top at its peak, in bytes, once its state exists; None where nothing tells.
+
+    That counts all that a step allocates, also inside torch; on a CPU where its pages are touched.
+    """
+    memory = PeakMemory(device)
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return memory.growth()
 
 
 def _return_freed_memory() -> None:

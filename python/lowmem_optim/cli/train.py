@@ -1,13 +1,13 @@
 """`lowmem train`: trains a small language model with several optimizers and compares them."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
+
+from lowmem_optim.cli.arguments import blaming, make_folder, option
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.data import Text
@@ -20,18 +20,13 @@ ALL_DIVERGED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
-def _option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
-    """An option in a panel of the help; `default` is what to show where the default is not a plain value."""
-    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=default, **settings)
-
-
 COMPARED, MODEL, TRAINING, PLACE = "Optimizers", "Model and text", "Training", "Device and files"
 
 
 def train_command(
     optimizer: Annotated[
         str | None,
-        _option(
+        option(
             COMPARED,
             "The baseline: a NAME of this package, or torch.NAME.",
             *("-o", "--optimizer"),
@@ -40,7 +35,7 @@ def train_command(
     ] = None,
     compare: Annotated[
         list[str] | None,
-        _option(
+        option(
             COMPARED,
             "Another optimizer to train. Repeatable.",
             *("-c", "--compare"),
@@ -49,47 +44,47 @@ def train_command(
     ] = None,
     lr: Annotated[
         float | None,
-        _option(COMPARED, "Peak learning rate of all.", min=0, default="each optimizer's own for this task"),
+        option(COMPARED, "Peak learning rate of all.", min=0, default="each optimizer's own for this task"),
     ] = None,
     weight_decay: Annotated[
-        float | None, _option(COMPARED, "Weight decay of all.", min=0, default="each optimizer's own")
+        float | None, option(COMPARED, "Weight decay of all.", min=0, default="each optimizer's own")
     ] = None,
     clip_grad_norm: Annotated[
-        float, _option(COMPARED, "Largest norm of all gradients together; 0 for no limit.", min=0)
+        float, option(COMPARED, "Largest norm of all gradients together; 0 for no limit.", min=0)
     ] = 1.0,
     opt: Annotated[
         list[str] | None,
-        _option(COMPARED, "Argument for those that take it, as in betas=(0.9,0.95). Repeatable.", metavar="KEY=VALUE"),
+        option(COMPARED, "Argument for those that take it, as in betas=(0.9,0.95). Repeatable.", metavar="KEY=VALUE"),
     ] = None,
     backend: Annotated[
-        Literal["auto", "triton", "torch"], _option(COMPARED, "Implementation of this package's optimizers.")
+        Literal["auto", "triton", "torch"], option(COMPARED, "Implementation of this package's optimizers.")
     ] = "auto",
-    layers: Annotated[int, _option(MODEL, "Transformer layers.", min=1)] = 4,
-    dim: Annotated[int, _option(MODEL, "Width, a multiple of 32.", min=1)] = 128,
-    context: Annotated[int, _option(MODEL, "Bytes per sequence.", min=1)] = 128,
-    dtype: Annotated[Literal["fp32", "bf16"], _option(MODEL, "Type of the parameters.")] = "fp32",
+    layers: Annotated[int, option(MODEL, "Transformer layers.", min=1)] = 4,
+    dim: Annotated[int, option(MODEL, "Width, a multiple of 32.", min=1)] = 128,
+    context: Annotated[int, option(MODEL, "Bytes per sequence.", min=1)] = 128,
+    dtype: Annotated[Literal["fp32", "bf16"], option(MODEL, "Type of the parameters.")] = "fp32",
     data: Annotated[
         Path | None,
-        _option(MODEL, "Text file, or folder of text files.", default="the Python standard library's source"),
+        option(MODEL, "Text file, or folder of text files.", default="the Python standard library's source"),
     ] = None,
-    steps: Annotated[int, _option(TRAINING, "Steps per optimizer.", min=1)] = 600,
-    batch_size: Annotated[int, _option(TRAINING, "Sequences per step.", min=1)] = 8,
+    steps: Annotated[int, option(TRAINING, "Steps per optimizer.", min=1)] = 600,
+    batch_size: Annotated[int, option(TRAINING, "Sequences per step.", min=1)] = 8,
     warmup: Annotated[
         int | None,
-        _option(
+        option(
             TRAINING,
             "Steps in which the learning rate rises; then a cosine lowers it to a tenth.",
             min=0,
             default="a twentieth of the steps",
         ),
     ] = None,
-    eval_every: Annotated[int, _option(TRAINING, "Steps from one validation to the next.", min=1)] = 100,
-    eval_batches: Annotated[int, _option(TRAINING, "Batches per validation.", min=1)] = 40,
-    seed: Annotated[int, _option(TRAINING, "Seed of the parameters and of the batches.", min=0)] = 0,
-    device: Annotated[str, _option(PLACE, "Where to train.", metavar="auto|cpu|cuda|cuda:N")] = "auto",
+    eval_every: Annotated[int, option(TRAINING, "Steps from one validation to the next.", min=1)] = 100,
+    eval_batches: Annotated[int, option(TRAINING, "Batches per validation.", min=1)] = 40,
+    seed: Annotated[int, option(TRAINING, "Seed of the parameters and of the batches.", min=0)] = 0,
+    device: Annotated[str, option(PLACE, "Where to train.", metavar="auto|cpu|cuda|cuda:N")] = "auto",
     out: Annotated[
         Path | None,
-        _option(PLACE, "Folder for the table, the plot and the record.", default="runs/TIME-OPTIMIZERS"),
+        option(PLACE, "Folder for the table, the plot and the record.", default="runs/TIME-OPTIMIZERS"),
     ] = None,
 ) -> None:
     """Train a small language model with several optimizers, and compare loss, memory and time.
@@ -104,27 +99,27 @@ def train_command(
 
     if compare is None and optimizer is None:
         compare = [*DEFAULT_COMPARISON]
-    with _blaming("--optimizer"):
+    with blaming("--optimizer"):
         choices = [registry.find(optimizer or DEFAULT_OPTIMIZER)]
-    with _blaming("--compare"):
+    with blaming("--compare"):
         choices += [registry.find(name) for name in compare or []]
-    with _blaming("--opt"):
+    with blaming("--opt"):
         options = registry.parse_options(opt or [], choices)
     for flag, key, value in (
         ("--weight-decay", "weight_decay", weight_decay),
         ("--backend", "backend", None if backend == "auto" else backend),
     ):
         if value is not None:
-            with _blaming(flag):
+            with blaming(flag):
                 registry.require_taker(key, choices)
             options[key] = value
-    with _blaming("--dim"):
+    with blaming("--dim"):
         model = ModelConfig.from_width(layers, dim, context)
     if warmup is not None and warmup > steps:
         raise typer.BadParameter(f"{warmup} is more than --steps {steps}", param_hint="'--warmup'")
-    with _blaming("--device"):
+    with blaming("--device"):
         device = loop.find_device(device)
-    with _blaming("--data"):
+    with blaming("--data"):
         text = load_text(data, context)
     config = loop.TrainConfig(
         model=model,
@@ -140,10 +135,10 @@ def train_command(
         eval_batches=eval_batches,
         options=options,
     )
-    with _blaming(None):
+    with blaming(None):
         loop.rehearse(choices, config, text)
-    with _blaming("--out"):
-        folder = _make_folder(out or _default_folder(choices))
+    with blaming("--out"):
+        folder = make_folder(out or _default_folder(choices))
 
     console = Console()
     runs = _train_all(choices, config, text, console)
@@ -199,20 +194,3 @@ def _summary(config: "TrainConfig", text: "Text") -> str:
 def _default_folder(choices: "list[Choice]") -> Path:
     names = "-".join(choice.name.lower() for choice in choices)
     return Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{names}"
-
-
-def _make_folder(path: Path) -> Path:
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
-    return path
-
-
-@contextmanager
-def _blaming(flag: str | None) -> Iterator[None]:
-    """Turns a ValueError into a usage error that names the option."""
-    try:
-        yield
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint=flag and f"'{flag}'") from error

@@ -1,0 +1,31 @@
+"""What the commands share: options in panels of the help, errors that name an option, folders for results."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import typer
+
+
+def option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
+    """An option in a panel of the help; `default` is what to show where the default is not a plain value."""
+    return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=default, **settings)
+
+
+@contextmanager
+def blaming(flag: str | None) -> Iterator[None]:
+    """Turns a ValueError into a usage error that names the option."""
+    try:
+        yield
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint=flag and f"'{flag}'") from error
+
+
+def make_folder(path: Path) -> Path:
+    """Makes a folder and those that it lies in; raises ValueError where that is impossible."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
+    return path
