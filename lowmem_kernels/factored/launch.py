@@ -12,8 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
 from ..device import device_facts, launching_on
-from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
 from ..table import Layout, addresses, counters, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
@@ -35,7 +35,7 @@ class FactoredPlan:
     def options(self) -> dict[str, Any]:
         """Return the compiler's options."""
         bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **bound}
+        return {"num_warps": self.num_warps, **bound}
 
 
 def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
@@ -139,17 +139,12 @@ def _launch(
         for tickets in schedule.launches:
             with launching_on(device):
                 kernel[(len(tickets),)](
-                    table, pointers, scratch, counts, transform.skipped, transform.found_inf,
-                    schedule.segments_start, schedule.rows_start, tickets.start, len(schedule.members),
-                    schedule.counters,
-                    scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                    clip_value=None if transform.clip_value is None else float(transform.clip_value),
-                    clip_coef=transform.clip_coef,
-                    PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
+                    table_ptr=table, addresses_ptr=pointers, scratch_ptr=scratch, counters_ptr=counts,
+                    segments_start=schedule.segments_start, rows_start=schedule.rows_start,
+                    first_ticket=tickets.start, owners=len(schedule.members), counters=schedule.counters,
                     STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
-                    ALIGNED=schedule.layout.aligned, STRIDED=schedule.layout.strided,
-                    STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
-                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(), **arguments,
+                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(),
+                    **update_arguments(params, grads, schedule.layout, transform, rounding), **arguments,
                 )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)

@@ -87,5 +87,5 @@ def _case(
         signature=present,
         constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
         divisible_by_16=tuple(argument for argument, kind in present.items() if kind.startswith("*")),
-        options=plan.options(),
+        options={**plan.options(), "enable_fp_fusion": False},
     )
