@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=5
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train test test-spec test-interp test-compile test-optim test-gpu check format clean
+.PHONY: help setup train bench bench-verbs test test-spec test-interp test-compile test-optim test-gpu check format clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,12 @@ setup: $(READY) ## create .venv with pinned dependencies
 
 train: $(READY)  ## train a small language model and compare optimizers (ARGS="--help" lists the options)
 	$(BIN)/lowmem train $(ARGS)
+
+bench: $(READY)  ## time optimizer steps against others', table and plot under runs/bench (ARGS="--help" lists the options)
+	$(BIN)/lowmem bench --out runs/bench --plot runs/bench/bench.png $(ARGS)
+
+bench-verbs: $(READY) ## time single verbs with pytest-benchmark (ARGS="-k adamw" chooses)
+	$(BIN)/python -m pytest -q bench/verbs $(ARGS)
 
 test: test-spec test-interp test-compile test-optim ## every tier that needs no GPU
 

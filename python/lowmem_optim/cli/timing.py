@@ -45,8 +45,12 @@ class Stopwatch:
         """Overwrites the caches, takes the step, and waits for it."""
         return self._on_gpu(step) if self.device.type == "cuda" else self._on_cpu(step)
 
-    def _on_cpu(self, step: Step) -> Seconds:
+    def flush(self) -> None:
+        """Overwrites the caches; on a GPU when it gets to it."""
         self._buffer.zero_()
+
+    def _on_cpu(self, step: Step) -> Seconds:
+        self.flush()
         start = self._clock()
         step()
         return Seconds(self._clock() - start, None)
@@ -56,7 +60,7 @@ class Stopwatch:
             before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
             for _ in range(HEAD_START):
-                self._buffer.zero_()
+                self.flush()
             before.record()
             start = time.perf_counter()
             step()
