@@ -9,8 +9,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -232,19 +234,36 @@ def by_kind(accesses: Counter[tuple[str, int]]) -> dict[str, Counter[int]]:
     }
 
 
-def _read_nvidia(compiled: CompiledKernel) -> dict[str, Any]:
+@lru_cache(maxsize=8)
+def disassembled(cubin: bytes) -> str:
+    """Return NVIDIA's listing of a binary, with line information; it takes seconds, so the last few are kept."""
+    with _as_file(cubin) as path:
+        return _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", path)
+
+
+@contextmanager
+def _as_file(cubin: bytes) -> Iterator[str]:
     with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        yield str(path)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read_nvidia(compiled: CompiledKernel) -> dict[str, Any]:
+    with _as_file(compiled.asm["cubin"]) as path:
+        resources = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", path)
+    text = disassembled(compiled.asm["cubin"])
     found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
     opcodes = [opcode for opcode in found if opcode != "NOP"]
     accesses = Counter(access for opcode in opcodes if (access := nvidia_access(opcode)))
     memory = [opcode.split(".")[0] for opcode in opcodes]
     return {
-        "registers": int(re.findall(r"\bREG:(\d+)", text)[0]),
-        "stack_bytes": int(re.findall(r"\bSTACK:(\d+)", text)[0]),
+        "registers": int(re.findall(r"\bREG:(\d+)", resources)[0]),
+        "stack_bytes": int(re.findall(r"\bSTACK:(\d+)", resources)[0]),
         "spills": sum(name in ("LDL", "STL") for name in memory),
         "instructions": len(opcodes),
         **by_kind(accesses),

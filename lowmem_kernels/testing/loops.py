@@ -9,8 +9,6 @@ from __future__ import annotations
 import ast
 import math
 import re
-import subprocess
-import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,10 +16,9 @@ from functools import cache
 from itertools import pairwise
 from pathlib import Path
 
-import triton
 from triton.compiler import CompiledKernel
 
-from .aot import TARGETS, CompileCase, amd_access, by_kind, nvidia_access, source_lines
+from .aot import TARGETS, CompileCase, amd_access, by_kind, disassembled, nvidia_access, source_lines
 
 _FILE_AND_LINE = re.compile(r'"([^"]+)":(\d+):\d+')
 
@@ -65,7 +62,7 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     shape = [value for name, value in case.constexprs.items() if name.startswith("BLOCK")]
     elements = math.prod(shape) // (case.options["num_warps"] * TARGETS[target_name].warp_size)
     bulk = _bulk_lines(compiled, shape)
-    code, labels = _parse(compiled.asm["amdgcn"] if amd else _disassembled(compiled), amd)
+    code, labels = _parse(compiled.asm["amdgcn"] if amd else disassembled(compiled.asm["cubin"]), amd)
     access = amd_access if amd else nvidia_access
     paths = {Path(path).name: path for path, _ in _FILE_AND_LINE.findall(compiled.asm["ttir"])}
     bulk_accesses = {
@@ -177,14 +174,6 @@ def _amd_instruction(text: str, line: str) -> _Instruction | None:
     opcode, operands = match.groups()
     target = re.search(r"\.LBB\w+", operands) if opcode.startswith(("s_branch", "s_cbranch")) else None
     return _Instruction(opcode, line, target and target[0], opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"))
-
-
-def _disassembled(compiled: CompiledKernel) -> str:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.nvdisasm.path, "-c", "-g", str(cubin)]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def _name(lines: Iterable[str], paths: dict[str, str]) -> str:

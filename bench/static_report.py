@@ -1,0 +1,240 @@
+"""What can be known of the kernels without a GPU: their machine code, and their bytes in the interpreter.
+
+    python bench/static_report.py      # or `make report`
+
+Compiles every case of `compile_cases()` for every target, runs every verb in Triton's interpreter, and writes report.md
+and report.json. The same versions of Torch and Triton write the same files again.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from static_markdown import render
+from torch import Tensor
+
+from lowmem_kernels.testing import compile_cases
+
+FOLDER = Path(__file__).parent / "static_report"
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+# three blocks of 16 rows, with the columns of LLaMA-7B's matrices; the wider ones for a verb of each kind
+SHAPE, WIDE_SHAPE = (48, 4096), (48, 11008)
+WIDE_VERBS = ("scaled_update", "adafactor, RMS(p) carried", "came")
+# of the cache in which verbs are replayed, against one matrix of gradients: LLaMA-7B's 90 MB have 50 MB on an H100
+CACHE_OF_MATRIX = 0.5
+# all that a verb keeps for each element
+ELEMENTS = ("params", "grads", "exp_avgs", "exp_avg_sqs")
+FACTORS = ("rows", "cols", "res_rows", "res_cols")
+
+CURVE_SHAPE, CURVE_DTYPE = (128, 4096), "bf16"
+CURVE_VERBS = ("adafactor, RMS(p) carried", "adafactor, RMS(p) read", "came")
+CURVE_SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 3.0)
+ORDERS = ("forward", "reverse")
+# programs whose accesses take turns; more than a phase has are all of them
+IN_FLIGHT = {"one": 1, "all": 1 << 30}
+
+Task = tuple[Callable[..., Any], tuple[Any, ...]]
+
+
+def kernel_facts(target: str, number: int) -> dict[str, Any]:
+    """Compile one case for a target and return what its machine code says."""
+    from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel
+    from lowmem_kernels.testing.loops import tile_loops
+
+    case = compile_cases(TARGETS[target].warp_size)[number]
+    compiled = compile_case(case, target)
+    report = inspect_kernel(compiled, target)
+    loops = tile_loops(case, compiled, target)
+    widths = {kind: sorted({bits for loop in loops for bits in getattr(loop, kind)}) for kind in ("loads", "stores")}
+    return {
+        "case": case.name,
+        "target": target,
+        "warps": case.options["num_warps"],
+        "registers": report.registers,
+        "stack_bytes": report.stack_bytes,
+        "spills": report.spills,
+        "shared_bytes": report.shared_bytes,
+        "programs": report.programs,
+        "occupancy": report.occupancy,
+        "instructions": report.instructions,
+        "bulk_load_bits": [min(widths["loads"]), max(widths["loads"])],
+        "bulk_store_bits": [min(widths["stores"]), max(widths["stores"])] if widths["stores"] else None,
+        "loops": [
+            {
+                "name": loop.name,
+                "instructions": loop.instructions,
+                "elements": loop.elements,
+                "per_element": round(loop.instructions_per_element, 1),
+            }
+            for loop in sorted(loops, key=lambda loop: loop.name)
+        ],
+    }
+
+
+def verb_bytes(verb: str, shape: tuple[int, int], dtype: str) -> dict[str, Any]:
+    """Run a verb in the interpreter and return its bytes for each element, requested and at DRAM."""
+    from lowmem_kernels.testing.bytecount import count_bytes, dram_bytes
+    from lowmem_kernels.testing.verbs import make_call
+
+    call = make_call(verb, [shape], DTYPES[dtype], backend="triton")
+    with _interpreter(), count_bytes(_present(call.tensors)) as traffic:
+        call.run()
+    numel = shape[0] * shape[1]
+    asked = traffic.read + traffic.written + traffic.atomic
+    read, written = dram_bytes(traffic.trace, int(CACHE_OF_MATRIX * numel * DTYPES[dtype].itemsize))
+
+    def share(nbytes: Any, names: Iterable[str]) -> float:
+        return sum(nbytes[name] for name in names) / numel
+
+    return {
+        "verb": verb,
+        "shape": list(shape),
+        "dtype": dtype,
+        "formula": {"read": call.formula[0] / numel, "written": call.formula[1] / numel},
+        "requested": {"read": share(traffic.read, ELEMENTS), "written": share(traffic.written, ELEMENTS)},
+        "requested_factors": round(share(asked, FACTORS), 2),
+        "requested_rest": round(share(asked, asked.keys() - {*ELEMENTS, *FACTORS}), 2),
+        "dram_formula": call.least / numel,
+        "dram": round(share(read + written, ELEMENTS), 1),
+        "dram_rest": round(share(read + written, (read + written).keys() - {*ELEMENTS}), 1),
+    }
+
+
+def cache_curve(verb: str) -> list[dict[str, Any]]:
+    """Run a factored verb in the interpreter and return its DRAM bytes for each element against the cache's size."""
+    from lowmem_kernels.testing.bytecount import count_bytes, dram_bytes
+    from lowmem_kernels.testing.verbs import make_call
+
+    call = make_call(verb, [CURVE_SHAPE], DTYPES[CURVE_DTYPE], backend="triton")
+    with _interpreter(), count_bytes(_present(call.tensors)) as traffic:
+        call.run()
+    numel = CURVE_SHAPE[0] * CURVE_SHAPE[1]
+    curves = []
+    for order in ORDERS:
+        for name, in_flight in IN_FLIGHT.items():
+            trace = list(scheduled(traffic.trace, order, in_flight))
+            totals = []
+            for size in CURVE_SIZES:
+                read, written = dram_bytes(trace, int(size * numel * DTYPES[CURVE_DTYPE].itemsize))
+                totals.append(round(sum((read + written)[tensor] for tensor in ELEMENTS) / numel, 1))
+            curves.append({"verb": verb, "order": order, "in_flight": name, "dram": totals})
+    return curves
+
+
+def scheduled(trace: Iterable[Any], order: str, in_flight: int) -> Iterator[Any]:
+    """Reorder a trace: launch after launch, ``in_flight`` programs taking turns; "reverse" turns the last launch round.
+
+    A program's accesses do not depend on when it runs, but for the few of the last one.
+    """
+    launches: dict[int, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
+    for access in trace:
+        launches[access.launch][access.program].append(access)
+    for number, programs in launches.items():
+        waiting = [programs[program] for program in sorted(programs)]
+        if order == "forward" or number != max(launches):
+            waiting.reverse()  # the next one is taken from the end
+        running: list[Iterator[Any]] = []
+        while waiting or running:
+            while waiting and len(running) < in_flight:
+                running.append(iter(waiting.pop()))
+            for program in list(running):
+                access = next(program, None)
+                if access is None:
+                    running.remove(program)
+                else:
+                    yield access
+
+
+def _present(tensors: Mapping[str, Sequence[Tensor | None]]) -> dict[str, list[Tensor]]:
+    return {name: [tensor for tensor in group if tensor is not None] for name, group in tensors.items()}
+
+
+@contextmanager
+def _interpreter() -> Iterator[None]:
+    """Make the interpreter of this process compute as a GPU does."""
+    from lowmem_kernels.testing import interpreter
+
+    torch.set_num_threads(1)
+    interpreter.install_fast_calls()
+    interpreter.install_fp32_arguments()
+    interpreter.install_round_to_nearest()
+    yield
+
+
+def _run(tasks: list[Task], interpret: bool, advance: Callable[[], None]) -> list[Any]:
+    """Results of tasks in their order, from two processes. Triton decides at import whether it interprets."""
+    os.environ["TRITON_INTERPRET"] = "1" if interpret else "0"
+    with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(function, *arguments) for function, arguments in tasks]
+        for future in as_completed(futures):
+            future.result()
+            advance()
+        return [future.result() for future in futures]
+
+
+def collect(progress: Progress) -> dict[str, Any]:
+    """Return the whole report."""
+    from lowmem_kernels.testing.aot import TARGETS
+    from lowmem_kernels.testing.verbs import VERBS
+
+    compiling: list[Task] = [
+        (kernel_facts, (target, number))
+        for target, gpu in TARGETS.items()
+        for number in range(len(compile_cases(gpu.warp_size)))
+    ]
+    # what takes longest first, so that both processes end together
+    curves: list[Task] = [(cache_curve, (verb,)) for verb in CURVE_VERBS]
+    counting: list[Task] = [
+        *((verb_bytes, (verb, WIDE_SHAPE, "bf16")) for verb in WIDE_VERBS),
+        *((verb_bytes, (verb, SHAPE, "bf16")) for verb in VERBS),
+        # with parameters in float32 no state is narrower
+        *((verb_bytes, (verb, SHAPE, "fp32")) for verb in VERBS if not verb.endswith("state as p")),
+    ]
+    results = {}
+    for name, tasks, interpret in (("verbs", [*curves, *counting], True), ("kernels", compiling, False)):
+        bar = progress.add_task(name, total=len(tasks))
+        results[name] = _run(tasks, interpret, lambda bar=bar: progress.advance(bar))
+    return {
+        # without what follows a +, which says where the build came from
+        "versions": {package: version(package).partition("+")[0] for package in ("torch", "triton")},
+        "kernels": sorted(results["kernels"], key=lambda row: (row["case"], [*TARGETS].index(row["target"]))),
+        "verbs": results["verbs"][len(curves) :],
+        "cache": {"of_gradients": CACHE_OF_MATRIX},
+        "curves": {
+            "shape": list(CURVE_SHAPE),
+            "dtype": CURVE_DTYPE,
+            "cache_of_gradients": list(CURVE_SIZES),
+            "rows": [row for rows in results["verbs"][: len(curves)] for row in rows],
+        },
+    }
+
+
+def main(out: Annotated[Path, typer.Option(help="Folder for report.md and report.json.")] = FOLDER) -> None:
+    """Report what can be known of the kernels without a GPU."""
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        report = collect(progress)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "report.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    (out / "report.md").write_text(render(report), encoding="utf-8")
+    for name in ("report.md", "report.json"):
+        console.print(out / name, soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    typer.run(main)
