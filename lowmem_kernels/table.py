@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from functools import cache, lru_cache
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,16 +139,25 @@ _captured: list[tuple[object, ...]] = []
 
 def device_vector(values: tuple[int, ...], device: torch.device) -> Tensor:
     """Return an int64 vector on ``device``, cached by its contents; one that a CUDA graph reads lives for ever."""
-    if not is_capturing(device):
-        return _cached_vector(values, device, stream_id(device))
-    captured = _copy(list(values), device)
-    _captured.append(captured)
-    return captured[0]
+    if is_capturing(device):
+        return captured_vector(values, device)
+    return _cached_vector(values, device, stream_id(device))
 
 
 @lru_cache(maxsize=256)
 def _cached_vector(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return _copy(list(values), device)[0]
+    return vector(values, device)
+
+
+def captured_vector(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """Return an int64 vector on ``device`` that lives for ever, as what a CUDA graph copies from and reads has to."""
+    _captured.append(_copy(values, device))
+    return _captured[-1][0]  # type: ignore[return-value]
+
+
+def vector(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """Return a new int64 vector on ``device``, copied without waiting."""
+    return _copy(values, device)[0]
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
@@ -179,8 +189,8 @@ def _counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def _copy(values: list[int], device: torch.device) -> tuple[Tensor, Tensor]:
-    host = torch.tensor(values, dtype=torch.int64)
+def _copy(values: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    host = torch.from_numpy(np.asarray(values, dtype=np.int64))
     if device.type == "cpu":
         return host, host
     # pinned memory comes from torch's caching allocator, which reuses it only after the copy has been done

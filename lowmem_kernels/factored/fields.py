@@ -26,7 +26,7 @@ FIELDS = (
     "new_row",  # matrices x n
     "new_col",  # matrices x m
     "row_mean",  # matrices
-    "partial",  # matrices x groups x 2 x m: sums of g² and of g²/R over the group's rows
+    "partial",  # matrices x groups x 2 x m: sums of g² and of g²/R over the group's rows; shared, see tickets.py
     "row_sum",  # matrices x groups: sum of the new R
     "row_min",  # matrices x groups: smallest R that has a gradient
     "param_sum",  # tickets: sum of p², before the update where it is needed, then after it
@@ -60,11 +60,6 @@ SCALARS = (
     "felt",  # above 0 where the floor under V is felt
 )
 
-#: Counters of a parameter's finished programs, one for each phase after which something is done once.
-COUNTERS = ("columns", "floor", "apply")
-
-#: Numbers of a segment, which is a piece of the ticket list: first ticket, parameter, phase.
-SEGMENT = 3
-
-#: Columns of a ticket of the column phases.
-SLAB = 128
+#: Columns of a ticket of the column phases: 128 bytes of each group's sums, and at most 128 KB of all groups'. The
+#: wider the slab, the longer all programs wait for the last one.
+SLAB = 32

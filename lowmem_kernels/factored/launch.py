@@ -1,4 +1,4 @@
-"""Launching the factored kernels: one launch for each phase, tile and layout that occurs."""
+"""Launching the factored kernels: one launch for each tile and layout that occurs."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from torch import Tensor
 from ..device import device_facts, is_capturing, launching_on, stream_id
 from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
-from ..table import ALIGNMENT, Layout, counters, device_vector
-from .fields import COLUMNS, COUNTERS
+from ..table import ALIGNMENT, Layout, captured_vector, counters, device_vector, vector
+from ..tickets import plan_order
+from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
 from .schedule import Schedule, Shape, geometry_of, schedules_of
@@ -39,11 +40,12 @@ def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -
     """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
 
     Aligned: 16 elements for each thread of 8 warps. Left to itself the compiler takes 150 to 230 registers on sm_90, so
-    that a processor has one program; with 128 it has two, and nothing spills, but for the momentum. Otherwise see
-    `schedule.tile_of`. AMD's compiler has no such option.
+    that a processor has one program; with 128 it has two, and nothing spills. With a momentum that would spill: 8
+    elements for each thread of 16 warps, 124 registers, the same number of warps. Otherwise see `schedule.tile_of`.
+    AMD's compiler has no bound on registers.
     """
-    bounded = layout.aligned and warp_size == 32 and not momentum
-    return FactoredPlan(tile, num_warps=8 if layout.aligned else 16, maxnreg=128 if bounded else None)
+    few = layout.aligned and not momentum
+    return FactoredPlan(tile, num_warps=8 if few else 16, maxnreg=128 if few and warp_size == 32 else None)
 
 
 def factored_update_(
@@ -61,7 +63,7 @@ def factored_update_(
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
-    """As `lowmem_kernels.factored.factored_update_`: three launches, four where ``rule.eps_floor``."""
+    """As `lowmem_kernels.factored.factored_update_`: one launch for each tile and layout that occurs."""
     phases = ("look", "columns", "floor", "apply") if rule.eps_floor else ("look", "columns", "apply")
     columns = {
         "param": params, "grad": grads, "row": rows, "col": cols, "step": steps, "exp_avg": exp_avgs,
@@ -98,7 +100,7 @@ def confidence_update_(
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
-    """As `lowmem_kernels.factored.confidence_update_`: five launches."""
+    """As `lowmem_kernels.factored.confidence_update_`: one launch for each tile and layout that occurs."""
     columns = {
         "param": params, "grad": grads, "row": rows, "col": cols, "step": steps, "exp_avg": exp_avgs,
         "res_row": res_rows, "res_col": res_cols,
@@ -123,22 +125,25 @@ def _launch(
     if not params:
         return
     device = params[0].device
+    facts = device_facts(device)
     addresses = [_addresses(columns.get(name), len(params)) for name in COLUMNS]
     # of the columns that are read as tiles
     tiled = [addresses[COLUMNS.index(name)] for name in ("param", "grad", "row", "exp_avg")]
     aligned = tuple([(p | g | row | m) % ALIGNMENT == 0 for p, g, row, m in zip(*tiled, strict=True)])
     geometries = tuple([geometry_of(p, g) for p, g in zip(params, grads, strict=True)])
-    for schedule in _schedules(geometries, aligned, tuple(rounding.keys(len(params))), phases):
-        momentum = arguments.get("MOMENTUM", False)
-        plan = plan_factored(schedule.tile, schedule.layout, device_facts(device).warp_size, momentum)
+    keys = tuple(rounding.keys(len(params)))
+    for schedule in _schedules(geometries, aligned, keys, phases, grads[0].itemsize, plan_order(facts)):
+        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, arguments.get("MOMENTUM", False))
+        table = _table(schedule, device)
         pointers = device_vector(tuple([column[i] for i in schedule.members for column in addresses]), device)
         scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
-        for launch in schedule.launches:
+        counts = counters(schedule.counters, device)
+        for tickets in schedule.launches:
             with launching_on(device):
-                kernel[(launch.tickets,)](
-                    _table(schedule, device), pointers, scratch,
-                    counters(len(COUNTERS) * len(schedule.members), device), transform.skipped, transform.found_inf,
-                    schedule.rows_start, launch.segment, launch.segments, launch.ticket,
+                kernel[(len(tickets),)](
+                    table, pointers, scratch, counts, transform.skipped, transform.found_inf,
+                    schedule.segments_start, schedule.rows_start, tickets.start, len(schedule.members),
+                    schedule.counters,
                     scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
                     clip_value=None if transform.clip_value is None else float(transform.clip_value),
                     clip_coef=transform.clip_coef,
@@ -157,14 +162,13 @@ _schedules = lru_cache(maxsize=64)(schedules_of)
 
 def _table(schedule: Schedule, device: torch.device) -> Tensor:
     if is_capturing(device):
-        return device_vector(schedule.values, device)
+        return captured_vector(schedule.values, device)
     return _cached_table(schedule, device, stream_id(device))
 
 
 @lru_cache(maxsize=256)
 def _cached_table(schedule: Schedule, device: torch.device, stream: int) -> Tensor:
-    # schedules are compared by identity here; by contents would take longer than all else
-    return device_vector(schedule.values, device)
+    return vector(schedule.values, device)
 
 
 def _addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:

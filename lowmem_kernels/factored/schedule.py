@@ -5,27 +5,29 @@ How a parameter is cut, and so the order of its sums, depends on its own shape o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..table import Layout, collapse
-from .fields import FIELDS, PHASES, SCALARS, SEGMENT, SLAB
+from ..tickets import SLOTS, Order, Stage, bundles_of, ticket_list
+from .fields import FIELDS, PHASES, SCALARS, SLAB
 
-#: Groups of rows of a parameter at most. Each has its own column sums, 8 bytes for each column, which cost more the
-#: more groups there are: at 128 and 4096 rows, 0.25 bytes for each element. Fewer would leave processors idle where
-#: one matrix is all there is (132 on an H100). Computed, not measured.
-MAX_GROUPS = 128
+#: Groups of rows of a parameter at most. A group is one tile's rows while there are no more than this, so 4096 rows are
+#: 256 tickets, about one for each of the 264 places that an H100 has at two programs on a processor. Each group has its
+#: own column sums, of which a slab's reader has 8 bytes for each column and group, 128 KB. Computed, not measured.
+MAX_GROUPS = 512
 
 #: Tiles that a ticket of small matrices has at most, so that a stack of thousands (convolutions) has not as many
 #: programs, each of which does nothing but find its place.
 SMALL_TILES = 16
 
-#: Bytes of scratch of one launch, but for a single parameter that needs more: longer lists are worked off in parts.
-SCRATCH_BYTES = 64 * 2**20
+#: Bytes of column sums of a bundle, unless a single parameter needs more: the scratch has two slots of that size.
+SCRATCH_BYTES = 32 * 2**20
 
 
 class Shape(NamedTuple):
@@ -47,31 +49,22 @@ class Geometry(NamedTuple):
     strides: tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
-@dataclass(frozen=True)
-class Launch:
-    """The tickets of one phase: a range of the ticket list and of its segments."""
-
-    phase: str
-    ticket: int
-    tickets: int
-    segment: int
-    segments: int
-
-
 @dataclass(frozen=True, eq=False)
 class Schedule:
     """Parameters that are worked off together: which of the list, in what tiles, and what may be assumed of them.
 
-    ``values`` is the table for the kernels, whose rows start at ``rows_start``; ``launches`` are its phases;
-    ``scratch`` counts float32 elements.
+    ``values`` is the table for the kernels: tickets, segments from ``segments_start`` on, and rows of FIELDS from
+    ``rows_start`` on. ``launches`` are ranges of tickets; ``scratch`` counts float32 elements.
     """
 
     members: tuple[int, ...]
     tile: Shape
     layout: Layout
-    values: tuple[int, ...]
+    values: np.ndarray
+    segments_start: int
     rows_start: int
-    launches: tuple[Launch, ...]
+    launches: tuple[range, ...]
+    counters: int
     scratch: int
 
 
@@ -82,15 +75,22 @@ def geometry_of(param: Tensor, grad: Tensor) -> Geometry:
 
 
 def schedules_of(
-    geometries: Sequence[Geometry], aligned: Sequence[bool], keys: Sequence[int], phases: Sequence[str]
+    geometries: Sequence[Geometry],
+    aligned: Sequence[bool],
+    keys: Sequence[int],
+    phases: Sequence[str],
+    itemsize: int,
+    order: Order,
 ) -> tuple[Schedule, ...]:
-    """Return the schedules of a list of parameters: one for each tile and layout, and for each part of those.
+    """Return the schedules of a list of parameters: one for each tile and layout that occurs.
 
     Args:
         geometries: of the parameters.
         aligned: whether all tensors of a parameter that are read in tiles start at multiples of 16 bytes.
         keys: of the parameters' rounding noise.
         phases: of the rule, in order.
+        itemsize: bytes of a gradient's element.
+        order: of the tickets.
     """
     kinds: dict[tuple[Shape, Layout], list[int]] = {}
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
@@ -99,11 +99,9 @@ def schedules_of(
     schedules = []
     for (tile, layout), members in kinds.items():
         rows = [_Row(geometries[i], tile, "residual" in phases) for i in members]
-        for part in _parts(rows):
-            chosen = tuple(members[part.start : part.stop])
-            schedules.append(
-                _schedule(chosen, tile, layout, rows[part.start : part.stop], [keys[i] for i in chosen], phases)
-            )
+        schedules.append(
+            _schedule(tuple(members), tile, layout, rows, [keys[i] for i in members], phases, itemsize, order)
+        )
     return tuple(schedules)
 
 
@@ -124,17 +122,6 @@ def tile_of(geometry: Geometry, layout: Layout) -> Shape:
     return narrow if len(shape) >= 2 and shape[-1] <= 2 * narrow.cols else wide
 
 
-def _parts(rows: Sequence[_Row]) -> Iterator[range]:
-    """Cut a list into ranges whose scratch is at most SCRATCH_BYTES, or that have one parameter."""
-    start, size = 0, 0
-    for i, row in enumerate(rows):
-        if i > start and size + 4 * row.scratch > SCRATCH_BYTES:
-            yield range(start, i)
-            start, size = i, 0
-        size += 4 * row.scratch
-    yield range(start, len(rows))
-
-
 def _schedule(
     members: tuple[int, ...],
     tile: Shape,
@@ -142,29 +129,31 @@ def _schedule(
     rows: Sequence[_Row],
     keys: Sequence[int],
     phases: Sequence[str],
+    itemsize: int,
+    order: Order,
 ) -> Schedule:
-    """Phases one after the other, each through all parameters."""
-    segments: list[int] = []
-    launches = []
-    ticket = 0
-    for phase in phases:
-        first_ticket, first_segment = ticket, len(segments) // SEGMENT
-        for k, row in enumerate(rows):
-            if count := row.tickets_in(phase):
-                segments += (ticket, k, PHASES.index(phase))
-                ticket += count
-        here = len(segments) // SEGMENT - first_segment
-        if here:
-            launches.append(Launch(phase, first_ticket, ticket - first_ticket, first_segment, here))
-    rows_start = len(segments)
+    bundles = bundles_of(
+        [row.numel * itemsize for row in rows], [4 * row.partial for row in rows], order, SCRATCH_BYTES
+    )
+    # the last phase that needs the partial sums
+    frees = PHASES.index("residual_columns" if "residual" in phases else "columns")
+    tickets = ticket_list([row.stages(phases) for row in rows], bundles, frees, order)
+    slot = max(sum(rows[k].partial for k in bundle) for bundle in bundles)
+    scratch = SLOTS * slot
+    rows_start = len(tickets.values)
     dims_start = rows_start + len(rows) * len(FIELDS)
-    values, dims = segments, list[int]()
-    scratch = 0
-    for row, key in zip(rows, keys, strict=True):
-        values += row.values(key, scratch, dims_start + len(dims))
-        dims += row.dims
-        scratch += row.scratch
-    return Schedule(members, tile, layout, tuple(values + dims), rows_start, tuple(launches), scratch)
+    values, dims = list[int](), list[int]()
+    for b, bundle in enumerate(bundles):
+        partial = b % SLOTS * slot
+        for k in bundle:
+            values += rows[k].values(keys[k], scratch, partial, dims_start + len(dims))
+            dims += rows[k].dims
+            scratch += rows[k].scratch
+            partial += rows[k].partial
+    return Schedule(
+        members, tile, layout, np.concatenate([tickets.values, np.array(values + dims, dtype=np.int64)]),
+        tickets.segments_start, rows_start, tickets.launches, tickets.counters, scratch,
+    )  # fmt: skip
 
 
 class _Row:
@@ -193,7 +182,6 @@ class _Row:
             "new_row": 0 if full else matrices * n,
             "new_col": 0 if full else matrices * m,
             "row_mean": matrices,
-            "partial": 0 if full else matrices * groups * 2 * m,
             "row_sum": matrices * groups,
             "row_min": matrices * groups,
             "param_sum": tickets,
@@ -204,12 +192,13 @@ class _Row:
             "res_col": matrices * m if residual and not full else 0,
             "res_mean": matrices if residual else 0,
         }
-        self.full = full
+        self.numel = numel
+        self.partial = 0 if full else _vectors(matrices * groups * 2 * m)
+        self._full = full
         self._offsets, self.scratch = {}, 0
         for name, size in sizes.items():
             self._offsets[name] = self.scratch
-            # vectors start at a multiple of 16 bytes
-            self.scratch += -(-size // 4) * 4
+            self.scratch += _vectors(size)
         self.dims, strides = _strides(geometry, m, full)
         self._fields = {
             "full": int(full),
@@ -230,21 +219,33 @@ class _Row:
             **strides,
         }
 
-    def tickets_in(self, phase: str) -> int:
-        """How many tickets the parameter has in a phase."""
+    def stages(self, phases: Sequence[str]) -> list[Stage]:
+        """The parameter's share of each phase. Backwards go those that look again at what the one before has read."""
+        return [
+            Stage(PHASES.index(phase), tickets, phase == "residual" or (phase == "apply" and "residual" not in phases))
+            for phase in phases
+            if (tickets := self._tickets_in(phase))
+        ]
+
+    def _tickets_in(self, phase: str) -> int:
         if phase == "columns":
             return self._fields["col_tickets"]
         if phase == "residual_columns":
-            return 0 if self.full else self._fields["col_tickets"]
+            return 0 if self._full else self._fields["col_tickets"]
         if phase == "floor":
-            return 0 if self.full else self._fields["tickets"]
+            return 0 if self._full else self._fields["tickets"]
         return self._fields["tickets"]
 
-    def values(self, key: int, scratch: int, dims: int) -> list[int]:
-        """The row, with its scratch and dimensions starting at these places."""
+    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
+        """The row, with its own scratch, its share of the common one, and its dimensions starting at these places."""
         offsets = {name: scratch + offset for name, offset in self._offsets.items()}
-        fields = {"key": key, "dims": dims, **self._fields, **offsets}
+        fields = {"key": key, "dims": dims, "partial": partial, **self._fields, **offsets}
         return [fields[name] for name in FIELDS]
+
+
+def _vectors(size: int) -> int:
+    """``size`` elements, rounded up so that what follows them starts at a multiple of 16 bytes."""
+    return -(-size // 4) * 4
 
 
 def _strides(geometry: Geometry, m: int, full: bool) -> tuple[list[int], dict[str, int]]:

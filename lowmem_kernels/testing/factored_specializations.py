@@ -17,7 +17,8 @@ _LAYOUTS = {"aligned": Layout(True, False), "misaligned": Layout(False, False), 
 _DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _COMMON = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
-    "found_inf": "*fp32", **dict.fromkeys(("rows_start", "segment", "segments", "ticket"), "i32"),
+    "found_inf": "*fp32",
+    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters"), "i32"),
     "scale": "fp32", "inv_scale": "*fp32", "clip_value": None, "clip_coef": "*fp32",
     **dict.fromkeys(("lr", "weight_decay", "eps1", "eps2", "clip_threshold", "one_minus_beta1"), "fp32"),
 }  # fmt: skip

@@ -7,6 +7,7 @@ import torch
 
 from factored_buckets import CAME, NAMES, RULES, make_bucket
 from lowmem_kernels.factored import schedule
+from lowmem_kernels.factored.fields import SLAB
 from lowmem_kernels.testing import Case, Precision, bytes_moved
 from lowmem_kernels.testing.bytecount import count_bytes
 
@@ -48,7 +49,7 @@ def total(traffic):
 def cut(shape, tile_rows=16):
     """(n, m, blocks of rows, groups of blocks, slabs of columns) of a wide aligned matrix."""
     blocks = -(-shape[0] // tile_rows)
-    return *shape, blocks, min(blocks, schedule.MAX_GROUPS), -(-shape[1] // 128)
+    return *shape, blocks, min(blocks, schedule.MAX_GROUPS), -(-shape[1] // SLAB)
 
 
 def assert_scratch(traffic, shape, came):
@@ -65,7 +66,7 @@ def assert_scratch(traffic, shape, came):
     few = 4 * (groups + slabs) * (8 + groups) * (2 if came else 1)
     assert 4 * written <= traffic.written["scratch"] <= 4 * written + few
     assert 4 * read <= traffic.read["scratch"] <= 4 * read + few
-    # segments, fields and addresses, int64 each
+    # tickets, segments, fields and addresses, int64 each
     assert traffic.read["other"] <= 8 * 100 * (groups + slabs) * blocks * (m // 256 + 1)
 
 

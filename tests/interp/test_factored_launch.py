@@ -10,7 +10,7 @@ from factored_buckets import DIALECTS, NAMES, assert_same_buckets, make_bucket
 from lowmem_kernels import GradTransform, table
 from lowmem_kernels.factored import launch, schedule
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits
-from races import no_races, shuffled_programs
+from races import no_races
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
@@ -83,8 +83,8 @@ def test_bits_do_not_depend_on_neighbours_or_the_run(name):
 
 @pytest.mark.usefixtures("_schedules_made_anew")
 @pytest.mark.parametrize("name", EVERY_KERNEL)
-def test_bits_do_not_depend_on_the_parts_of_a_list(name, monkeypatch):
-    """Where scratch is for one parameter at a time, each has launches of its own."""
+def test_bits_do_not_depend_on_the_bundles_of_a_list(name, monkeypatch):
+    """Where scratch is for one parameter at a time, each is a bundle of its own."""
     usual = run(bucket_of(name), name)
     launch._schedules.cache_clear()
     monkeypatch.setattr(schedule, "SCRATCH_BYTES", 0)
@@ -118,15 +118,7 @@ def test_larger_groups_and_smaller_batches(name, limit, value, monkeypatch):
 
 
 @pytest.mark.parametrize("name", EVERY_KERNEL)
-def test_bits_do_not_depend_on_the_order_of_programs(name):
-    """The scratch is full of NaN before: what a program reads must have been written by an earlier launch or by it."""
-    usual = run(bucket_of(name), name)
-    with shuffled_programs(seed=0):
-        assert_same_buckets(run(bucket_of(name), name), usual)
-
-
-@pytest.mark.parametrize("name", EVERY_KERNEL)
-def test_programs_do_not_share_what_one_writes(name):
+def test_programs_share_memory_in_order_only(name):
     """In torch's dialect with a sum of p² that is carried, NaN at first."""
     sums = {"param_sums": [torch.tensor(torch.nan) for _ in VARIED]} if name == "torch" else {}
     with no_races():
@@ -160,9 +152,9 @@ LAYOUTS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "phases"), [("relative", 3), ("external", 3), ("torch", 4), ("came", 5)])
-def test_launches_do_not_grow_with_parameters(name, phases, monkeypatch):
-    """One launch for each phase, and again for each other layout and tile. Kernels are counted, not run."""
+@pytest.mark.parametrize("name", EVERY_KERNEL)
+def test_launches_do_not_grow_with_parameters(name, monkeypatch):
+    """One launch for each layout and tile. Kernels are counted, not run."""
     launches = []
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, **__: launches.append(self.__name__))
     for layouts, kinds in ((LAYOUTS[:1], 1), (LAYOUTS, 4)):
@@ -171,7 +163,7 @@ def test_launches_do_not_grow_with_parameters(name, phases, monkeypatch):
             launches.clear()
             run(bucket_of(name, cases=(layouts * count)[:count]), name)
             counts.append(len(launches))
-        assert counts == [kinds * phases] * 3
+        assert counts == [kinds] * 3
 
 
 @pytest.mark.parametrize("name", EVERY_KERNEL)

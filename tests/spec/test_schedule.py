@@ -2,14 +2,17 @@
 
 import itertools
 import math
+from collections import Counter, defaultdict
 
 import pytest
 import torch
 
+from lowmem_kernels.device import HOPPER
 from lowmem_kernels.factored import schedule
-from lowmem_kernels.factored.fields import FIELDS, PHASES, SCALARS, SEGMENT
+from lowmem_kernels.factored.fields import FIELDS, PHASES, SCALARS
 from lowmem_kernels.factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE, Geometry, geometry_of, schedules_of
 from lowmem_kernels.testing import SHAPES, make_tensors
+from lowmem_kernels.tickets import SEGMENT, SLOTS, Order, plan_order
 
 ADAFACTOR = ("look", "columns", "apply")
 TORCH = ("look", "columns", "floor", "apply")
@@ -26,17 +29,26 @@ GEOMETRIES = [geometry_of(*make_tensors(case, torch.bfloat16, 0)) for case in SH
 GEOMETRIES += [Geometry(shape, None) for shape in LARGE]
 
 
-def schedules(geometries, rule="adafactor", aligned=True):
-    return schedules_of(
-        tuple(geometries), (aligned,) * len(geometries), tuple(range(5, 5 + len(geometries))), RULES[rule]
-    )
+#: Every parameter a bundle; what an H100 gets.
+ORDERS = {"alone": Order(0, 3, True, False), "hopper": plan_order(HOPPER)}
+
+
+def schedules(geometries, rule="adafactor", aligned=True, order="hopper"):
+    keys = tuple(range(5, 5 + len(geometries)))
+    return schedules_of(tuple(geometries), (aligned,) * len(geometries), keys, RULES[rule], 2, ORDERS[order])
 
 
 def rows_of(found):
     """(geometry's place, row as a dict) of a schedule's parameters."""
     for k, i in enumerate(found.members):
         start = found.rows_start + k * len(FIELDS)
-        yield i, dict(zip(FIELDS, found.values[start : start + len(FIELDS)], strict=True))
+        yield i, dict(zip(FIELDS, found.values[start : start + len(FIELDS)].tolist(), strict=True))
+
+
+def segments_of(found):
+    """The segments of a schedule, as dicts."""
+    segments = found.values[found.segments_start : found.rows_start].reshape(-1, len(SEGMENT))
+    return [dict(zip(SEGMENT, row, strict=True)) for row in segments.tolist()]
 
 
 def sizes_of(row, residual):
@@ -111,43 +123,49 @@ def test_every_row_and_column_is_in_one_ticket(geometry, aligned):
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_segments_and_launches(rule):
-    """Each launch's segments are a run of tickets from its first to its last, of each parameter as many as it has."""
+def test_every_parameter_has_its_tickets_in_each_phase(rule):
     for found in schedules(GEOMETRIES, rule):
-        assert [launch.phase for launch in found.launches] == [p for p in RULES[rule] if p in PHASES]
-        tickets = {i: row for i, row in rows_of(found)}
-        ticket = segment = 0
-        for launch in found.launches:
-            assert (launch.ticket, launch.segment) == (ticket, segment)
-            seen = []
-            for s in range(launch.segment, launch.segment + launch.segments):
-                first, k, phase = found.values[s * SEGMENT : (s + 1) * SEGMENT]
-                row = tickets[found.members[k]]
-                assert (first, phase) == (ticket, PHASES.index(launch.phase))
-                ticket += row["col_tickets" if launch.phase.endswith("columns") else "tickets"]
-                seen.append(k)
-            segment += launch.segments
-            assert ticket == launch.ticket + launch.tickets
-            only_matrices = launch.phase in ("floor", "residual_columns")
-            expected = [k for k, i in enumerate(found.members) if not (only_matrices and tickets[i]["full"])]
-            assert seen == expected
-        assert found.rows_start == segment * SEGMENT
+        assert [len(tickets) for tickets in found.launches] == [found.segments_start]
+        tickets = [row for _, row in rows_of(found)]
+        segments = segments_of(found)
+        seen = Counter((found.values[: found.segments_start] >> 32).tolist())
+        assert {(s["owner"], s["phase"]): seen[i] for i, s in enumerate(segments)} == {
+            (k, PHASES.index(phase)): row["col_tickets" if phase.endswith("columns") else "tickets"]
+            for k, row in enumerate(tickets)
+            for phase in RULES[rule]
+            if not (phase in ("floor", "residual_columns") and row["full"])
+        }
 
 
+@pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("rule", RULES)
-def test_scratch_is_shared_by_nobody(rule):
-    for found in schedules(GEOMETRIES, rule):
-        regions = [
+def test_scratch_is_shared_in_turns_only(rule, order):
+    """Column sums lie in one of two slots, beside those of the same bundle; everything else has a place of its own."""
+    for found in schedules(GEOMETRIES, rule, order=order):
+        rows = [row for _, row in rows_of(found)]
+        own = [
             (row[name], row[name] + size)
-            for _, row in rows_of(found)
+            for row in rows
             for name, size in sizes_of(row, rule == "came").items()
-            if size
+            if size and name != "partial"
         ]
-        regions.sort()
-        for (_, end), (start, _) in itertools.pairwise(regions):
-            assert end <= start
-            assert start % 4 == 0  # a multiple of 16 bytes
-        assert regions[-1][1] <= found.scratch < regions[-1][1] + 4 * len(FIELDS)
+        assert max(overlap(own)) <= 0
+        assert max(end for _, end in own) <= found.scratch < max(end for _, end in own) + 4 * len(FIELDS)
+        bundles = defaultdict(list)
+        for segment in segments_of(found):
+            row = rows[segment["owner"]]
+            if segment["phase"] == 0 and (size := sizes_of(row, rule == "came")["partial"]):
+                bundles[segment["wait"]].append((row["partial"], row["partial"] + size))
+                assert row["partial"] % 4 == 0  # a multiple of 16 bytes
+        # the first bundles of the two slots wait for nothing, and lie side by side
+        for regions in bundles.values():
+            assert max(overlap(regions)) <= 0
+            assert max(end for _, end in regions) <= min(start for start, _ in own)
+
+
+def overlap(regions):
+    """By how much each region reaches into the next."""
+    return [end - start for (_, end), (start, _) in itertools.pairwise(sorted(regions))] or [0]
 
 
 def test_how_a_parameter_is_cut_depends_on_itself_only():
@@ -184,27 +202,20 @@ def test_layouts_and_tiles():
     assert {tile: len(layouts) for tile, layouts in kinds.items()} == {WIDE: 1, NARROW: 1, HALF_WIDE: 2, HALF_NARROW: 2}
 
 
-def test_parts_of_a_long_list(monkeypatch):
-    """As many parameters as fit into the scratch, in order; one that does not fit at all is alone."""
+def test_bundles_of_a_long_list(monkeypatch):
+    """The scratch has two slots for the largest bundle, however long the list is; one parameter may be too large."""
     geometries = [Geometry((n, 256), None) for n in (64, 64, 64, 4096, 64, 64)]
-    (whole,) = schedules(geometries)
-    small = schedules(geometries[:1])[0].scratch
-    monkeypatch.setattr(schedule, "SCRATCH_BYTES", 4 * 2 * small)
-    parts = schedules(geometries)
-    assert [part.members for part in parts] == [(0, 1), (2,), (3,), (4, 5)]
-    assert all(part.scratch <= 2 * small or len(part.members) == 1 for part in parts)
-    monkeypatch.setattr(schedule, "SCRATCH_BYTES", 0)
-    assert [part.members for part in schedules(geometries)] == [(i,) for i in range(6)]
-    assert whole.members == tuple(range(6))
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_launches_do_not_grow_with_parameters(rule):
-    counts = [
-        [len(found.launches) for found in schedules([Geometry((64, 256), None)] * count, rule)]
-        for count in (6, 60, 291)
-    ]
-    assert counts == [[len(RULES[rule])]] * 3
+    ((_, small), *_, (_, large), _, _) = rows_of(schedules(geometries)[0])
+    sizes = {row["groups"]: 2 * 256 * row["groups"] for row in (small, large)}
+    own = schedules(geometries)[0].scratch - SLOTS * (sum(sizes.values()) + 4 * sizes[small["groups"]])
+    monkeypatch.setattr(schedule, "SCRATCH_BYTES", 4 * 2 * sizes[small["groups"]])
+    (found,) = schedules(geometries)
+    assert found.scratch == own + SLOTS * sizes[large["groups"]]
+    (longer,) = schedules(geometries * 10)
+    assert longer.scratch == 10 * own + SLOTS * sizes[large["groups"]]
+    # look tickets of bundle b wait for bundle b - 2: (0, 1), (2,), (3,), (4, 5)
+    waits = [segment["wait"] for segment in segments_of(found) if segment["phase"] == 0]
+    assert waits == [0, 0, 0, 2, 3, 3]
 
 
 def test_what_kernels_read_as_32_bits_fits():

@@ -3,18 +3,17 @@
 import triton
 import triton.language as tl
 
-from ...fragments import is_last_program, lerp, rounded, scalar_or, stream_key
+from ...fragments import lerp, rounded, scalar_or, stream_key
+from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
 from .constants import (
     APPLY,
     COL_COLUMN,
     COLUMNS_SIZE,
-    COUNTERS_SIZE,
     DECAY,
     EXP_AVG_COLUMN,
     FELT,
     FIELDS_SIZE,
     FLOOR,
-    FLOOR_DONE,
     FULL,
     G_COLUMN,
     GROUPS,
@@ -28,24 +27,23 @@ from .constants import (
     PARAM_SUM_COLUMN,
     ROW_COLUMN,
     ROW_MEAN,
-    SCALARS_START,
     STEP_COLUMN,
     STEP_SIZE,
     TICKETS,
     UPDATE_SUM,
 )
-from .look import end_step, finish, floor_tile, look_and_columns
+from .look import end_step, finish, finish_columns, floor_tile, look_or_columns
 from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, weight_of
 from .walk import (
     address,
     by_fours,
     field,
     field32,
-    find_segment,
     matrices_of,
     matrix,
     offsets,
     rows_of,
+    scalar,
     scratch,
     sum_of,
     tile,
@@ -64,8 +62,8 @@ def _apply_tile(
     p_ptr, g_ptr, row_ptr, col_ptr, m_ptr = pointers
     key_p, key_m = keys
     _unused, eps = moments
-    step_size = tl.load(scratch(at, SCALARS_START) + STEP_SIZE, cache_modifier=".cg")
-    decay = tl.load(scratch(at, SCALARS_START) + DECAY, cache_modifier=".cg")
+    step_size = scalar(at, STEP_SIZE)
+    decay = scalar(at, DECAY)
     full = field(at, FULL)
     width = widths(at, ALIGNED)
     n, m, _last = width
@@ -115,9 +113,10 @@ def _apply_tile(
         tl.store(scratch(at, PARAM_SUM) + ticket, tl.sum(squares))
 
 
-@triton.jit(do_not_specialize=["rows_start", "segment", "segments", "ticket"])
+@triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters"])
 def _factored_kernel(
-    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf, rows_start, segment, segments, ticket,
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
+    segments_start, rows_start, first_ticket, owners, counters,
     lr, weight_decay, beta2_weight, decay_rate, eps1, eps2, clip_threshold, one_minus_beta1,
     scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
@@ -125,17 +124,18 @@ def _factored_kernel(
     SCALE_PARAMETER: tl.constexpr, SCALE_DECAY: tl.constexpr, MOMENTUM: tl.constexpr, CARRY: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """Adafactor. One program owns one ticket and writes what the tile function of its phase says.
+    """Adafactor. One program takes one ticket and writes what the tile function of its phase says.
 
-    The last program of a parameter's apply phase advances its step and leaves the sum of p² for the next one.
+    The last program of a phase of a parameter writes what the next one needs of the whole parameter; of the apply
+    phase, the step and the sum of p².
     """
     if scalar_or(found_inf, 0.0) != 0.0:
         return
-    ticket, k, phase = find_segment(table_ptr, segment, segment + segments, ticket + tl.program_id(0))
-    row_ptr = table_ptr + rows_start + k.to(tl.int64) * FIELDS_SIZE
-    address_ptr = addresses_ptr + k.to(tl.int64) * COLUMNS_SIZE
-    counter_ptr = counters_ptr + k * COUNTERS_SIZE
-    at = (table_ptr, row_ptr, scratch_ptr)
+    segment_ptr, ticket = find_segment(table_ptr, segments_start, take_ticket(counters_ptr, first_ticket))
+    k = tl.load(segment_ptr + OWNER)
+    phase = tl.load(segment_ptr + PHASE).to(tl.int32)
+    at = (table_ptr, table_ptr + rows_start + k * FIELDS_SIZE, scratch_ptr)
+    address_ptr = addresses_ptr + k * COLUMNS_SIZE
     param_sum_ptr = address(address_ptr, PARAM_SUM_COLUMN, tl.float32, False) if CARRY else None
 
     step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
@@ -143,24 +143,19 @@ def _factored_kernel(
     hyper = (scalar_or(lr, 0.0), weight_decay, clip_threshold, eps2)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
     g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
+
+    wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
-        look_and_columns(
-            at, phase, ticket, counter_ptr, address_ptr, param_sum_ptr, step, gradient, moments, hyper,
-            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY,
-            BLOCK_ROWS, BLOCK_COLS,
+        look_or_columns(
+            at, phase, ticket, address_ptr, param_sum_ptr, gradient, moments,
+            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, SCALE_PARAMETER, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
     if EPS_FLOOR:
         if phase == FLOOR:
-            if tl.load(scratch(at, SCALARS_START) + FELT, cache_modifier=".cg") > 0.0:
+            if scalar(at, FELT) > 0.0:
                 floor_tile(at, ticket, g_ptr, gradient, eps1, ALIGNED, STRIDED, SKIP_NONFINITE, BLOCK_ROWS, BLOCK_COLS)
-                if is_last_program(counter_ptr + FLOOR_DONE, field32(at, TICKETS)):
-                    squares = sum_of(scratch(at, UPDATE_SUM), field32(at, TICKETS))
-                    finish(
-                        at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE
-                    )
     if phase == APPLY:
-        ok = tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0
-        if ok:
+        if scalar(at, OK) == 1.0:
             pointers = (
                 address(address_ptr, P_COLUMN, PARAM, ALIGNED),
                 g_ptr,
@@ -174,7 +169,22 @@ def _factored_kernel(
                 at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1,
                 PARAM, STATE, ALIGNED, STRIDED, STOCHASTIC, SKIP_NONFINITE, EPS_FLOOR, MOMENTUM, BLOCK_ROWS, BLOCK_COLS,
             )  # fmt: skip
-        last = end_step(at, counter_ptr, address_ptr, step, skipped_ptr)
-        if CARRY:
-            if last & ok:
-                tl.store(param_sum_ptr, sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS)))
+
+    if arrive(counters_ptr, segment_ptr):
+        if phase == LOOK_COLUMNS:
+            finish_columns(
+                at, step, param_sum_ptr, hyper, EPS_FLOOR, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE
+            )
+        if EPS_FLOOR:
+            if phase == FLOOR:
+                if scalar(at, FELT) > 0.0:
+                    squares = sum_of(scratch(at, UPDATE_SUM), field32(at, TICKETS))
+                    finish(
+                        at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE
+                    )
+        if phase == APPLY:
+            end_step(at, address_ptr, step, skipped_ptr)
+            if CARRY:
+                if scalar(at, OK) == 1.0:
+                    tl.store(param_sum_ptr, sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS)))
+        complete(counters_ptr, segment_ptr, owners, counters)

@@ -4,11 +4,11 @@ import triton
 import triton.language as tl
 
 from ...fragments import lerp, rounded, scalar_or, stream_key
+from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
 from .constants import (
     APPLY,
     COL_COLUMN,
     COLUMNS_SIZE,
-    COUNTERS_SIZE,
     EXP_AVG_COLUMN,
     FIELDS_SIZE,
     FULL,
@@ -31,7 +31,6 @@ from .constants import (
     ROW_COLUMN,
     ROW_MEAN,
     ROW_SUM,
-    SCALARS_START,
     SLAB,
     SLAB_TICKETS,
     SLAB_WIDTH,
@@ -40,18 +39,18 @@ from .constants import (
     M,
     N,
 )
-from .look import end_step, look_and_columns
+from .look import end_step, finish_columns, look_or_columns
 from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales
 from .walk import (
     address,
     by_fours,
     field,
     field32,
-    find_segment,
     matrices_of,
     matrix,
     offsets,
     rows_of,
+    scalar,
     scratch,
     sum_groups,
     sum_of,
@@ -68,7 +67,7 @@ def _residual_tile(
 ):  # fmt: skip
     """CAME's middle look. Writes m (and V), the new Rs, and over the group its sum and the column sums of (u - m)²."""
     g_ptr, row_ptr, m_ptr, res_row_ptr = pointers
-    clip = tl.load(scratch(at, SCALARS_START) + STEP_SIZE, cache_modifier=".cg")
+    clip = scalar(at, STEP_SIZE)
     full = field32(at, FULL)
     width = widths(at, ALIGNED)
     n, m, _last = width
@@ -107,7 +106,8 @@ def _residual_tile(
                 s = (u - new_m) * (u - new_m)  # outside the mask all of it is 0
                 squares += by_fours(s)
                 if full == 0:
-                    earlier = tl.load(partial_ptr + cols, mask=(cols < m) & (row > first_row), other=0.0)
+                    before = (cols < m) & (row > first_row)
+                    earlier = tl.load(partial_ptr + cols, mask=before, other=0.0, cache_modifier=".cg")
                     tl.store(partial_ptr + cols, earlier + tl.sum(s, 0), mask=cols < m)
             if full == 0:
                 rows = row + tl.arange(0, BLOCK_ROWS)
@@ -136,7 +136,7 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_s = sum_groups(partial_ptr, groups, 2 * m, cols, m)
+            sum_s, _none = sum_groups(partial_ptr, groups, cols, m, False)
             old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
             tl.store(scratch(at, RES_COL) + e * m + cols, lerp(old_c, sum_s / n + eps2, weight3), mask=cols < m)
 
@@ -166,7 +166,7 @@ def _confident_tile(
             if full == 0:
                 rows = row + tl.arange(0, BLOCK_ROWS)
                 rs, row_scale = row_scales(at, e, rows, RES_ROW, RES_MEAN, False)
-                r = tl.load(scratch(at, NEW_ROW) + e_n + rows, mask=rows < n, other=0.0)
+                r = tl.load(scratch(at, NEW_ROW) + e_n + rows, mask=rows < n, other=0.0, cache_modifier=".cg")
                 tl.store(res_row_ptr + e_n + rows, rs, mask=rows < n)
                 tl.store(row_ptr + e_n + rows, r, mask=rows < n)
             for col in range(0, m, BLOCK_COLS):
@@ -174,10 +174,12 @@ def _confident_tile(
                 index = offsets(at, rows, cols, m, 2, STRIDED)
                 p_ptrs = e_ptr + offsets(at, rows, cols, m, 0, STRIDED)
                 p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
-                update = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
+                # written by other programs of this launch, as all that is read with this modifier
+                m_ptrs = m_ptr + start + index
+                update = tl.load(m_ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                 if full == 0:
                     cs, col_scale = col_scales(at, e, cols, m, RES_COL, False)
-                    c = tl.load(scratch(at, NEW_COL) + e_m + cols, mask=cols < m, other=0.0)
+                    c = tl.load(scratch(at, NEW_COL) + e_m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
                     first_row_only = (cols < m) & (row == 0)
                     tl.store(res_col_ptr + e_m + cols, cs, mask=first_row_only)
                     tl.store(col_ptr + e_m + cols, c, mask=first_row_only)
@@ -187,25 +189,27 @@ def _confident_tile(
                 tl.store(p_ptrs, new_p, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows_start", "segment", "segments", "ticket"])
+@triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters"])
 def _confidence_kernel(
-    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf, rows_start, segment, segments, ticket,
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
+    segments_start, rows_start, first_ticket, owners, counters,
     lr, weight_decay, one_minus_beta1, one_minus_beta2, one_minus_beta3, eps1, eps2, clip_threshold,
     scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """CAME. One program owns one ticket and writes what the tile function of its phase says.
+    """CAME. One program takes one ticket and writes what the tile function of its phase says.
 
-    The last program of a parameter's apply phase advances its step.
+    The last program of a phase of a parameter writes what the next one needs of the whole parameter; of the apply
+    phase, the step.
     """
     if scalar_or(found_inf, 0.0) != 0.0:
         return
-    ticket, k, phase = find_segment(table_ptr, segment, segment + segments, ticket + tl.program_id(0))
-    row_ptr = table_ptr + rows_start + k.to(tl.int64) * FIELDS_SIZE
-    address_ptr = addresses_ptr + k.to(tl.int64) * COLUMNS_SIZE
-    counter_ptr = counters_ptr + k * COUNTERS_SIZE
-    at = (table_ptr, row_ptr, scratch_ptr)
+    segment_ptr, ticket = find_segment(table_ptr, segments_start, take_ticket(counters_ptr, first_ticket))
+    k = tl.load(segment_ptr + OWNER)
+    phase = tl.load(segment_ptr + PHASE).to(tl.int32)
+    at = (table_ptr, table_ptr + rows_start + k * FIELDS_SIZE, scratch_ptr)
+    address_ptr = addresses_ptr + k * COLUMNS_SIZE
 
     step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
     moments = (one_minus_beta2, eps1)
@@ -215,15 +219,15 @@ def _confidence_kernel(
     m_ptr = address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED)
     res_row_ptr = address(address_ptr, RES_ROW_COLUMN, tl.float32, False)
     res_col_ptr = address(address_ptr, RES_COL_COLUMN, tl.float32, False)
+
+    wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
-        # the step size is then the clip alone
-        look_and_columns(
-            at, phase, ticket, counter_ptr, address_ptr, None, step, gradient, moments, (1.0, 0.0, clip_threshold, 0.0),
-            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, False, "constant", False, False, BLOCK_ROWS, BLOCK_COLS,
+        look_or_columns(
+            at, phase, ticket, address_ptr, None, gradient, moments,
+            PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, False, False, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
     else:
-        ok = tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0
-        if ok:
+        if scalar(at, OK) == 1.0:
             if phase == RESIDUAL:
                 pointers = (address(address_ptr, G_COLUMN, GRAD, ALIGNED), row_factor_ptr, m_ptr, res_row_ptr)
                 _residual_tile(
@@ -241,5 +245,13 @@ def _confidence_kernel(
                     at, ticket, pointers, stream_key(field(at, KEY), step, 0), rate, rate * weight_decay,
                     PARAM, ALIGNED, STRIDED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLS,
                 )  # fmt: skip
+
+    if arrive(counters_ptr, segment_ptr):
+        if phase == LOOK_COLUMNS:
+            # the step size is then the clip alone
+            finish_columns(
+                at, step, None, (1.0, 0.0, clip_threshold, 0.0), False, "constant", False, False, SKIP_NONFINITE
+            )
         if phase == APPLY:
-            end_step(at, counter_ptr, address_ptr, step, skipped_ptr)
+            end_step(at, address_ptr, step, skipped_ptr)
+        complete(counters_ptr, segment_ptr, owners, counters)

@@ -2,8 +2,7 @@
 
 import triton.language as tl
 
-from ..fields import COLUMNS, COUNTERS, FIELDS, PHASES, SCALARS
-from ..fields import SEGMENT as _SEGMENT
+from ..fields import COLUMNS, FIELDS, PHASES, SCALARS
 from ..fields import SLAB as _SLAB
 
 (
@@ -23,8 +22,4 @@ LOOK, LOOK_COLUMNS, FLOOR, RESIDUAL, RESIDUAL_COLUMNS, APPLY = [tl.constexpr(i) 
 
 OK, STEP_SIZE, DECAY, FELT = [tl.constexpr(i) for i in range(len(SCALARS))]
 
-COLUMNS_DONE, FLOOR_DONE, APPLY_DONE = [tl.constexpr(i) for i in range(len(COUNTERS))]
-COUNTERS_SIZE = tl.constexpr(len(COUNTERS))
-
-SEGMENT = tl.constexpr(_SEGMENT)
 SLAB = tl.constexpr(_SLAB)

@@ -3,12 +3,10 @@
 import triton
 import triton.language as tl
 
-from ...fragments import count_skipped, is_finite, is_last_program, lerp
+from ...fragments import count_skipped, is_finite, lerp
 from .constants import (
-    APPLY_DONE,
     COL_COLUMN,
     COL_TICKETS,
-    COLUMNS_DONE,
     DECAY,
     FELT,
     FLOORED,
@@ -16,7 +14,6 @@ from .constants import (
     G_COLUMN,
     GROUPS,
     LOOK,
-    LOOK_COLUMNS,
     NEW_COL,
     NEW_ROW,
     NUMEL,
@@ -51,6 +48,7 @@ from .walk import (
     min_of,
     offsets,
     rows_of,
+    scalar,
     scratch,
     sum_groups,
     sum_of,
@@ -155,8 +153,8 @@ def look_factored_tile(
                 q = g * g
                 # of the group's earlier rows
                 earlier = (cols < m) & (row > first_row)
-                sum_q = tl.load(partial_ptr + cols, mask=earlier, other=0.0)
-                weighted = tl.load(partial_ptr + m + cols, mask=earlier, other=0.0)
+                sum_q = tl.load(partial_ptr + cols, mask=earlier, other=0.0, cache_modifier=".cg")
+                weighted = tl.load(partial_ptr + m + cols, mask=earlier, other=0.0, cache_modifier=".cg")
                 tl.store(partial_ptr + cols, sum_q + tl.sum(q, 0), mask=cols < m)
                 tl.store(partial_ptr + m + cols, weighted + tl.sum(q * inverse[:, None], 0), mask=cols < m)
             # another thread may read these sums for the next rows
@@ -192,8 +190,7 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_q = sum_groups(partial_ptr, groups, 2 * m, cols, m)
-            weighted = sum_groups(partial_ptr + m, groups, 2 * m, cols, m)
+            sum_q, weighted = sum_groups(partial_ptr, groups, cols, m, True)
             old_c = tl.load(col_ptr + e * m + cols, mask=cols < m, other=0.0)
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)
@@ -282,13 +279,13 @@ def finish(
 
 
 @triton.jit
-def look_and_columns(
-    at, phase, ticket, counter_ptr, address_ptr, param_sum_ptr, step, gradient, moments, hyper,
+def look_or_columns(
+    at, phase, ticket, address_ptr, param_sum_ptr, gradient, moments,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
-    SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, SCHEDULE: tl.constexpr, SCALE_PARAMETER: tl.constexpr,
-    SCALE_DECAY: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, SCALE_PARAMETER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """The two phases that all rules begin with: the sums over g, then the column factor and the scalars."""
+    """A ticket of the two phases that all rules begin with."""
     g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
     row_ptr = address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
     if phase == LOOK:
@@ -308,28 +305,31 @@ def look_and_columns(
                 at, ticket, g_ptr, row_ptr, gradient, moments,
                 ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, BLOCK_ROWS, BLOCK_COLS,
             )  # fmt: skip
-    if phase == LOOK_COLUMNS:
+    else:
         if field(at, FULL) == 0:
             col_ptr = address(address_ptr, COL_COLUMN, tl.float32, False)
             columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR)
-        # the last slab of a parameter has all sums of u²
-        if is_last_program(counter_ptr + COLUMNS_DONE, field32(at, COL_TICKETS)):
-            squares = sum_of(scratch(at, UPDATE_SUM), field32(at, UPDATE_SUMS))
-            finish(at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE)
-            if EPS_FLOOR:
-                felt = 0.0
-                if field(at, FULL) == 0:
-                    felt = sum_of(scratch(at, FLOORED), field32(at, COL_TICKETS))
-                tl.store(scratch(at, SCALARS_START) + FELT, felt)
 
 
 @triton.jit
-def end_step(at, counter_ptr, address_ptr, step, skipped_ptr):
-    """True in the last program of a parameter's apply phase, which has advanced the step or counted the parameter."""
-    last = is_last_program(counter_ptr + APPLY_DONE, field32(at, TICKETS))
-    if last:
-        if tl.load(scratch(at, SCALARS_START) + OK, cache_modifier=".cg") == 1.0:
-            tl.store(address(address_ptr, STEP_COLUMN, tl.float32, False), step)
-        else:
-            count_skipped(skipped_ptr, tl.full((), 1, tl.int32))
-    return last
+def finish_columns(
+    at, step, param_sum_ptr, hyper, EPS_FLOOR: tl.constexpr,
+    SCHEDULE: tl.constexpr, SCALE_PARAMETER: tl.constexpr, SCALE_DECAY: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+):  # fmt: skip
+    """What the last ticket of a column phase does: all sums of u² are there."""
+    squares = sum_of(scratch(at, UPDATE_SUM), field32(at, UPDATE_SUMS))
+    finish(at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE)
+    if EPS_FLOOR:
+        felt = 0.0
+        if field(at, FULL) == 0:
+            felt = sum_of(scratch(at, FLOORED), field32(at, COL_TICKETS))
+        tl.store(scratch(at, SCALARS_START) + FELT, felt)
+
+
+@triton.jit
+def end_step(at, address_ptr, step, skipped_ptr):
+    """What the last ticket of an apply phase does: advance the parameter's step, or count the parameter."""
+    if scalar(at, OK) == 1.0:
+        tl.store(address(address_ptr, STEP_COLUMN, tl.float32, False), step)
+    else:
+        count_skipped(skipped_ptr, tl.full((), 1, tl.int32))

@@ -1,4 +1,4 @@
-"""Finding the way: from a ticket to its parameter, matrices, rows and tiles, and through what other programs left.
+"""Finding the way: from a ticket to its matrices, rows and tiles, and through what other programs left.
 
 ``at`` is (table_ptr, row_ptr, scratch_ptr): the table, the parameter's row of fields.py in it, and the scratch.
 """
@@ -16,34 +16,15 @@ from .constants import (
     MATRICES,
     NDIM,
     PARAM_STRIDES,
-    SEGMENT,
+    SCALARS_START,
     SLAB,
     M,
     N,
 )
 
-# groups, and partial sums, that are added at a time
-_GROUPS_AT_A_TIME = tl.constexpr(16)
+# groups, and partial sums, that are added at a time: as many loads in flight as there are registers for
+_GROUPS_AT_A_TIME = tl.constexpr(128)
 _SUMS_AT_A_TIME = tl.constexpr(256)
-
-
-@triton.jit
-def find_segment(table_ptr, first, end, ticket):
-    """The segment of the ticket list, (first ticket, parameter, phase), that a ticket is in: by bisection."""
-    low = first
-    high = end
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table_ptr + middle.to(tl.int64) * SEGMENT) <= ticket:
-            low = middle
-        else:
-            high = middle
-    segment_ptr = table_ptr + low.to(tl.int64) * SEGMENT
-    return (
-        ticket - tl.load(segment_ptr).to(tl.int32),
-        tl.load(segment_ptr + 1).to(tl.int32),
-        tl.load(segment_ptr + 2).to(tl.int32),
-    )
 
 
 @triton.jit
@@ -64,6 +45,12 @@ def scratch(at, FIELD: tl.constexpr):
     """Pointer to what the scratch holds under a field."""
     _, row_ptr, scratch_ptr = at
     return scratch_ptr + tl.load(row_ptr + FIELD)
+
+
+@triton.jit
+def scalar(at, SCALAR: tl.constexpr):
+    """One of the parameter's scalars, which the last program of an earlier phase left."""
+    return tl.load(scratch(at, SCALARS_START) + SCALAR, cache_modifier=".cg")
 
 
 @triton.jit
@@ -172,12 +159,18 @@ def min_of(pointer, count):
 
 
 @triton.jit
-def sum_groups(pointer, groups, stride, cols, m):
-    """Column sums over the groups of a matrix, in their order: 16 at a time as a tree."""
-    total = tl.zeros((SLAB,), tl.float32)
+def sum_groups(pointer, groups, cols, m, BOTH: tl.constexpr):
+    """Column sums over the groups of a matrix, in their order, 128 at a time as a tree.
+
+    Those of each group's first m numbers, and of its second m where BOTH, else 0.
+    """
+    first = tl.zeros((SLAB,), tl.float32)
+    second = tl.zeros((SLAB,), tl.float32)
     for start in range(0, groups, _GROUPS_AT_A_TIME):
         group = start + tl.arange(0, _GROUPS_AT_A_TIME)
-        pointers = pointer + group.to(tl.int64)[:, None] * stride + cols[None, :]
+        pointers = pointer + group.to(tl.int64)[:, None] * 2 * m + cols[None, :]
         mask = (group < groups)[:, None] & (cols < m)[None, :]
-        total += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-    return total
+        first += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        if BOTH:
+            second += tl.sum(tl.load(pointers + m, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    return first, second
