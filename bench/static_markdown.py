@@ -52,9 +52,10 @@ sweep over a block of rows comes from the cache. A real cache has many programs 
 CURVES = """## Cache size and order
 
 Bytes for each element at DRAM, of parameter, gradient and moments of a {shape} matrix in {dtype}, against the size of
-the cache in units of the matrix of gradients. *Order* is that of the programs of the phase that writes the parameters:
-backwards it begins with what was read last. *At a time*: one program after the other, or all of a phase taking turns,
-access by access. On a GPU it is something between: an H100 holds 264 programs of 8 warps at two on a processor.
+the cache in units of the matrix of gradients. *Order* "reverse" is the kernels' own: every second phase over the rows
+goes backwards, so that it begins with what was read last. *At a time*: one program after the other, or half or all of a
+phase's programs in turns, access by access. A GPU with two programs on each of 132 processors has 264 of the 256 blocks
+of rows of a matrix with 4096 rows at a time, and a third of those of one with 11008.
 
 | verb | order | programs at a time | {sizes} |
 |---|---|---|{dashes}|

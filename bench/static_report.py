@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,8 +45,8 @@ CURVE_SHAPE, CURVE_DTYPE = (128, 4096), "bf16"
 CURVE_VERBS = ("adafactor, RMS(p) carried", "adafactor, RMS(p) read", "came")
 CURVE_SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 3.0)
 ORDERS = ("forward", "reverse")
-# programs whose accesses take turns; more than a phase has are all of them
-IN_FLIGHT = {"one": 1, "all": 1 << 30}
+# share of a phase's programs that take turns
+IN_FLIGHT = {"one": 0.0, "half": 0.5, "all": 1.0}
 
 Task = tuple[Callable[..., Any], tuple[Any, ...]]
 
@@ -114,42 +115,40 @@ def verb_bytes(verb: str, shape: tuple[int, int], dtype: str) -> dict[str, Any]:
     }
 
 
-def cache_curve(verb: str) -> list[dict[str, Any]]:
+def cache_curve(verb: str, order: str) -> list[dict[str, Any]]:
     """Run a factored verb in the interpreter and return its DRAM bytes for each element against the cache's size."""
     from lowmem_kernels.testing.bytecount import count_bytes, dram_bytes
     from lowmem_kernels.testing.verbs import make_call
 
     call = make_call(verb, [CURVE_SHAPE], DTYPES[CURVE_DTYPE], backend="triton")
-    with _interpreter(), count_bytes(_present(call.tensors)) as traffic:
+    with _interpreter(), _phases(reverse=order == "reverse"), count_bytes(_present(call.tensors)) as traffic:
         call.run()
     numel = CURVE_SHAPE[0] * CURVE_SHAPE[1]
     curves = []
-    for order in ORDERS:
-        for name, in_flight in IN_FLIGHT.items():
-            trace = list(scheduled(traffic.trace, order, in_flight))
-            totals = []
-            for size in CURVE_SIZES:
-                read, written = dram_bytes(trace, int(size * numel * DTYPES[CURVE_DTYPE].itemsize))
-                totals.append(round(sum((read + written)[tensor] for tensor in ELEMENTS) / numel, 1))
-            curves.append({"verb": verb, "order": order, "in_flight": name, "dram": totals})
+    for name, share in IN_FLIGHT.items():
+        trace = list(in_turns(traffic.trace, share))
+        totals = []
+        for size in CURVE_SIZES:
+            read, written = dram_bytes(trace, int(size * numel * DTYPES[CURVE_DTYPE].itemsize))
+            totals.append(round(sum((read + written)[tensor] for tensor in ELEMENTS) / numel, 1))
+        curves.append({"verb": verb, "order": order, "in_flight": name, "dram": totals})
     return curves
 
 
-def scheduled(trace: Iterable[Any], order: str, in_flight: int) -> Iterator[Any]:
-    """Reorder a trace: launch after launch, ``in_flight`` programs taking turns; "reverse" turns the last launch round.
+def in_turns(trace: Iterable[Any], share: float) -> Iterator[Any]:
+    """Reorder a trace launch by launch: this share of a launch's programs, at least one, take turns access by access.
 
-    A program's accesses do not depend on when it runs, but for the few of the last one.
+    When one ends, the next begins. A program's accesses do not depend on when it runs, but for the few of the last one.
     """
     launches: dict[int, dict[int, list[Any]]] = defaultdict(lambda: defaultdict(list))
     for access in trace:
         launches[access.launch][access.program].append(access)
-    for number, programs in launches.items():
-        waiting = [programs[program] for program in sorted(programs)]
-        if order == "forward" or number != max(launches):
-            waiting.reverse()  # the next one is taken from the end
+    for programs in launches.values():
+        at_a_time = max(1, int(share * len(programs)))
+        waiting = [programs[program] for program in sorted(programs, reverse=True)]
         running: list[Iterator[Any]] = []
         while waiting or running:
-            while waiting and len(running) < in_flight:
+            while waiting and len(running) < at_a_time:
                 running.append(iter(waiting.pop()))
             for program in list(running):
                 access = next(program, None)
@@ -157,6 +156,22 @@ def scheduled(trace: Iterable[Any], order: str, in_flight: int) -> Iterator[Any]
                     running.remove(program)
                 else:
                     yield access
+
+
+@contextmanager
+def _phases(reverse: bool) -> Iterator[None]:
+    """Launch the factored kernels phase by phase, of which every second one goes backwards if asked to.
+
+    For one matrix the tickets of the single launch have the same order.
+    """
+    from lowmem_kernels.factored import launch
+
+    plan = launch.plan_order
+    launch.plan_order = lambda facts: replace(plan(facts), reverse=reverse, phased=True)
+    try:
+        yield
+    finally:
+        launch.plan_order = plan
 
 
 def _present(tensors: Mapping[str, Sequence[Tensor | None]]) -> dict[str, list[Tensor]]:
@@ -197,7 +212,7 @@ def collect(progress: Progress) -> dict[str, Any]:
         for number in range(len(compile_cases(gpu.warp_size)))
     ]
     # what takes longest first, so that both processes end together
-    curves: list[Task] = [(cache_curve, (verb,)) for verb in CURVE_VERBS]
+    curves: list[Task] = [(cache_curve, (verb, order)) for verb in CURVE_VERBS for order in ORDERS]
     counting: list[Task] = [
         *((verb_bytes, (verb, WIDE_SHAPE, "bf16")) for verb in WIDE_VERBS),
         *((verb_bytes, (verb, SHAPE, "bf16")) for verb in VERBS),
