@@ -28,9 +28,10 @@ element.
 
 *Instructions for each element*: the instructions of a loop over tiles in the machine code, divided by the elements that
 one thread has in a tile. A loop is a natural loop of the code that has loads or stores of whole tiles and no other such
-loop inside; it is named after the source function, and the number of the loop there. It does not tell what is executed:
-both sides of a branch are counted (the factored kernels treat matrices and vectors in one loop), called subroutines
-(divisions of 64-bit integers) are not, an inner loop counts once however often it goes round, and instructions differ
+loop inside; it is named after the source function, and the number of the loop there: look_factored_tile 3 and 4 are the
+two sweeps, look_full_tile is for vectors. It does not tell what is executed: both sides of a branch are counted (the
+factored kernels treat matrices and vectors in one loop), called subroutines (divisions of 64-bit integers) are not, an
+inner loop counts once however often it goes round, and instructions differ
 in cost. To compare with: 132 processors with 128 lanes at 1.98 GHz issue 7 instructions in the time in which 4.8 TB/s
 of an H200's data sheet move one byte. That is 154 for the 22 bytes of AdamW in bfloat16, 140 for the 20 of CAME and 56
 for the 8 of Adafactor, over all loops that an element goes through.
@@ -54,8 +55,8 @@ CURVES = """## Cache size and order
 Bytes for each element at DRAM, of parameter, gradient and moments of a {shape} matrix in {dtype}, against the size of
 the cache in units of the matrix of gradients. *Order* "reverse" is the kernels' own: every second phase over the rows
 goes backwards, so that it begins with what was read last. *At a time*: one program after the other, or half or all of a
-phase's programs in turns, access by access. A GPU with two programs on each of 132 processors has 264 of the 256 blocks
-of rows of a matrix with 4096 rows at a time, and a third of those of one with 11008.
+phase's programs in turns, access by access. A GPU with two programs on each of 132 processors has 264 at a time: all of
+a matrix with 4096 rows (256 blocks of 16), and 38 % of one with 11008.
 
 | verb | order | programs at a time | {sizes} |
 |---|---|---|{dashes}|

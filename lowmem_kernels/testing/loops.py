@@ -1,7 +1,8 @@
 """Find the loops in a kernel's machine code that walk over tiles, and what one element costs there.
 
-A tile loop is an innermost loop among those with a bulk access: a load or store of a tensor that has the shape of the
-kernel's tile, which its constexprs BLOCK, or BLOCK_ROWS and BLOCK_COLS, say. Line information tells which they are.
+A tile loop is an innermost loop among those with a bulk access, a load or store of a tensor that has the shape of the
+kernel's tile, which its constexprs BLOCK, or BLOCK_ROWS and BLOCK_COLS, say. It is written in a function that takes
+these: what else has the same shape by chance does not count. Line information tells which is which.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _FILE_AND_LINE = re.compile(r'"([^"]+)":(\d+):\d+')
 class TileLoop:
     """One innermost loop with bulk accesses.
 
-    name: the function and, where it has several, the number of the `for` or `while` that most instructions come from.
+    name: the function and, where it has several loops, the number of the one that most instructions come from.
     instructions: in the loop's code, without called subroutines; of branches both sides, whichever is taken.
     elements: that one thread has in an iteration.
     loads, stores: bulk accesses by width in bits per thread.
@@ -73,8 +74,8 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     found = []
     for loop in _innermost(_loops(code, labels), bulk_accesses.keys()):
         inside = Counter(accessed for i, accessed in bulk_accesses.items() if i in loop)
-        name = _name((code[i].line for i in loop), paths)
-        found.append(TileLoop(name, len(loop), elements, **by_kind(inside)))
+        if name := _name((code[i].line for i in loop), paths):
+            found.append(TileLoop(name, len(loop), elements, **by_kind(inside)))
     if not found:
         raise ValueError(f"{case.name}: no loop with a load or store of a tile of {shape}")
     return found
@@ -176,28 +177,28 @@ def _amd_instruction(text: str, line: str) -> _Instruction | None:
     return _Instruction(opcode, line, target and target[0], opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"))
 
 
-def _name(lines: Iterable[str], paths: dict[str, str]) -> str:
-    """Which loop of the source most of these lines are in."""
+def _name(lines: Iterable[str], paths: dict[str, str]) -> str | None:
+    """Which loop of the source most of these lines are in; None if none of them is in one over tiles."""
     votes: Counter[str] = Counter()
     for line in lines:
         file, _, number = line.rpartition(":")
         if file in paths and (loop := _source_loop(paths[file], int(number))):
             votes[loop] += 1
-    return min(votes, key=lambda name: (-votes[name], name)) if votes else "unknown"
+    return min(votes, key=lambda name: (-votes[name], name)) if votes else None
 
 
 def _source_loop(path: str, line: int) -> str | None:
-    """The innermost loop of a source file that a line is in."""
+    """The innermost loop over tiles of a source file that a line is in."""
     inside = [(end - start, name) for start, end, name in _source_loops(path) if start <= line <= end]
     return min(inside)[1] if inside else None
 
 
 @cache
 def _source_loops(path: str) -> list[tuple[int, int, str]]:
-    """(first line, last line, name) of the loops in a source file."""
+    """(first line, last line, name) of the loops in a source file's functions that take the size of a tile."""
     found = []
     for function in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
-        if isinstance(function, ast.FunctionDef):
+        if isinstance(function, ast.FunctionDef) and any(arg.arg.startswith("BLOCK") for arg in function.args.args):
             loops = sorted(
                 (node.lineno, node.end_lineno or node.lineno)
                 for node in ast.walk(function)

@@ -1,15 +1,18 @@
 """The committed report is of the kernels as they are, and its figures are right."""
 
+import importlib
 import json
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lowmem_kernels.testing import bytes_moved, compile_cases
 from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel
 
-REPORT = json.loads((Path(__file__).parents[2] / "bench" / "static_report" / "report.json").read_text())
+BENCH = Path(__file__).parents[2] / "bench"
+REPORT = json.loads((BENCH / "static_report" / "report.json").read_text())
 KERNELS = {(row["target"], row["case"]): row for row in REPORT["kernels"]}
 #: Of each target: warps and KiB of shared memory of a processor, bytes of it that every program costs on top.
 LIMITS = {"sm_80": (64, 164, 1024), "sm_90": (64, 228, 1024), "sm_100": (64, 228, 1024), "gfx942": (32, 64, 0)}
@@ -80,8 +83,9 @@ def test_verbs_request_what_their_formulas_say():
     assert {row["verb"] for row in REPORT["verbs"]} >= {"adamw", "scaled_update", "grad_stats", "came"}
     for row in REPORT["verbs"]:
         assert row["requested"] == row["formula"], row
-        # three blocks of rows and a cache of half of them: the second sweep comes from the cache, and little else
-        assert abs(row["dram"] - row["dram_formula"]) <= 0.5, row
+        # three blocks of rows and a cache of half of them: the second sweep comes from the cache, and where a phase
+        # goes backwards part of what was read last
+        assert -1 <= row["dram"] - row["dram_formula"] <= 0.3, row
     adamw = next(row for row in REPORT["verbs"] if row["verb"] == "adamw" and row["dtype"] == "bf16")
     assert (adamw["formula"]["read"], adamw["formula"]["written"]) == bytes_moved("adamw", 1, 2, 4)
 
@@ -96,3 +100,29 @@ def test_backwards_a_cache_smaller_than_the_matrix_helps():
     half = REPORT["curves"]["cache_of_gradients"].index(0.5)
     for verb in {verb for verb, _, _ in curves}:
         assert curves[verb, "reverse", "one"][half] < curves[verb, "forward", "one"][half]
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCH))
+    return lambda name: importlib.import_module(name)
+
+
+def test_the_text_is_of_these_figures(bench):
+    assert (BENCH / "static_report" / "report.md").read_text() == bench("static_markdown").render(REPORT)
+
+
+@pytest.mark.parametrize(
+    ("share", "order"),
+    [(0.0, "aab ccc d e"), (0.5, "aab ccc d e"), (0.7, "aba ccc de"), (1.0, "abca cc de")],
+)
+def test_programs_take_turns(bench, share, order):
+    """Launch 0 has programs a, b and c, launch 1 has d and e."""
+    programs = {"a": (0, 0, 2), "b": (0, 1, 1), "c": (0, 2, 3), "d": (1, 0, 1), "e": (1, 1, 1)}
+    trace = [
+        SimpleNamespace(launch=launch, program=program, name=name)
+        for name, (launch, program, accesses) in programs.items()
+        for _ in range(accesses)
+    ]
+    found = "".join(access.name for access in bench("static_report").in_turns(trace, share))
+    assert found == order.replace(" ", "")
