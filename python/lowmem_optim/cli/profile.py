@@ -73,7 +73,7 @@ def profile_command(
     warmup: Annotated[int, option(PLACE, "Steps before those that are profiled: they compile kernels.", min=1)] = 3,
     steps: Annotated[int, option(PLACE, "Steps that are profiled.", min=1)] = 5,
     torch_profiler: Annotated[
-        bool, option(PLACE, "Profile with torch.profiler on a GPU too, and print its table.")
+        bool, option(PLACE, "Profile with torch.profiler on a GPU too, and print its table.", "--torch-profiler")
     ] = False,
     formula: Annotated[
         Path | None,
@@ -112,7 +112,7 @@ def profile_command(
     for _ in track(range(warmup), description="warm-up", console=console, disable=not console.is_terminal):
         work.run()
     on_gpu = device.startswith("cuda")
-    with _table(console) if torch_profiler or not on_gpu else _nsight() as enter:
+    with _table(console, on_gpu) if torch_profiler or not on_gpu else _nsight() as enter:
         names = profile_work.run(work, steps, enter)
     console.print(f"{steps} steps of {work.title} on {device}, in ranges named", highlight=False)
     for name in names:
@@ -173,13 +173,12 @@ def _nsight() -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
 
 
 @contextmanager
-def _table(console: Console) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
+def _table(console: Console, on_gpu: bool) -> Iterator[Callable[[str], AbstractContextManager[Any]]]:
     """Within torch.profiler, whose table is printed in the end."""
     import torch
 
     with torch.profiler.profile() as profiler:
         yield torch.profiler.record_function
-    averages = profiler.key_averages()
-    sort_by = "self_cuda_time_total" if torch.cuda.is_available() else "self_cpu_time_total"
-    text = averages.table(sort_by=sort_by, row_limit=ROWS, max_name_column_width=60)
+    sort_by = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+    text = profiler.key_averages().table(sort_by=sort_by, row_limit=ROWS, max_name_column_width=60)
     console.print(text, soft_wrap=True, highlight=False, markup=False)
