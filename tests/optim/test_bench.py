@@ -2,6 +2,8 @@
 
 import csv
 import re
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from typer.testing import CliRunner
 
 import lowmem_optim
 from lowmem_kernels.testing.models import MODELS, Architecture, model_shapes, parameter_count
-from lowmem_optim.cli import app, bench_rows, contenders, timing
+from lowmem_optim.cli import app, bench_rows, contenders, measure, timing
 from lowmem_optim.cli.bench_rows import Row, Workload
 
 CPU = torch.device("cpu")
@@ -17,7 +19,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch):
-    """A model that takes no time, a small cache, and the threads that were."""
+    """A model that takes no time, a small cache, no collection of garbage, and the threads that were."""
+    monkeypatch.setattr(measure.gc, "collect", lambda: 0)
     monkeypatch.setitem(MODELS, "tiny", Architecture(64, 32, 48, 2, 4, 2))
     monkeypatch.setattr(timing, "_cpu_cache_bytes", lambda: 2**16)
     threads = torch.get_num_threads()
@@ -231,6 +234,35 @@ def test_caches_are_overwritten_before_a_step_and_not_timed(monkeypatch):
     seconds = stopwatch(lambda: seen.append(int(stopwatch._buffer.sum())))
     assert seen == [0]
     assert seconds == (0.25, None)
+
+
+def test_on_a_gpu_a_step_is_timed_by_events_behind_the_flushes(monkeypatch):
+    """The order of what is submitted, with a stand-in for the device."""
+    log = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            log.append("event")
+
+        def elapsed_time(self, after):
+            return 2.5
+
+    class Buffer:
+        def zero_(self):
+            log.append("flush")
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
+    monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(L2_cache_size=100))
+    monkeypatch.setattr(torch, "empty", lambda size, **_: Buffer() if size == 200 else None)
+    seconds = timing.Stopwatch(torch.device("cuda", 0))(lambda: log.append("step"))
+    assert log == ["wait", *["flush"] * timing.HEAD_START, "event", "step", "event", "wait"]
+    assert seconds.step == 2.5e-3
+    assert 0 < seconds.host < 1
 
 
 def test_one_thread_is_timed_by_its_own_clock():

@@ -52,7 +52,7 @@ def _draw_roof(axes: Axes, rows: list[Row], parameters: int) -> None:
             if abs(other - width) < 0.28 * right and height - taken < 0.03 * top:
                 height = taken + 0.03 * top
         labels.append((width, height))
-        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5}
+        line = {"arrowstyle": "-", "color": GREY, "linewidth": 0.5, "relpos": (0, 0.5), "shrinkA": 1}
         place = (width + 0.03 * right, height)
         axes.annotate(row.contender, (width, rate), place, fontsize=7, va="center", arrowprops=line)
     axes.set_ylim(0, top)
