@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .numerics import PARAM_DTYPES, name_of
+from .tensors import Gradients, remembered
 
 SCALAR = torch.Size()
 
@@ -57,12 +58,19 @@ def check_list(
             raise ValueError(f"{name}[{i}] is not contiguous; allowed: contiguous tensors")
 
 
-def check_params(params: Sequence[Tensor], grads: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+def check_params(params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
     """Raise as `check_list` for what all verbs that write parameters have: at least one of each."""
-    device, shapes = params[0].device, [p.shape for p in params]
-    check_list("params", params, shapes, device, PARAM_DTYPES, contiguous=False)
-    check_list("grads", grads, shapes, device, PARAM_DTYPES, contiguous=False)
+    device = params[0].device
+    check_list("params", params, [p.shape for p in params], device, PARAM_DTYPES, contiguous=False)
     check_list("steps", steps, [SCALAR] * len(params), device, (torch.float32,))
+
+
+def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
+    """Raise as `check_list` unless every parameter has a gradient of its shape, as those that autograd made have."""
+    if isinstance(grads, Gradients) and len(grads) == len(params):
+        return
+    shapes = remembered([params], "shapes", lambda: [p.shape for p in params])
+    check_list("grads", grads, shapes, params[0].device, PARAM_DTYPES, contiguous=False)
 
 
 def state_dtypes(params: Sequence[Tensor]) -> tuple[torch.dtype, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 from torch import Tensor
 
@@ -50,9 +51,14 @@ class Rounding:
     seed: int = 0
     uids: Sequence[int] | None = None
 
-    def keys(self, count: int) -> list[int]:
+    def keys(self, count: int) -> tuple[int, ...]:
         """Return the 32-bit noise keys of ``count`` parameters. Raises ValueError when ``uids`` has another length."""
         uids = range(count) if self.uids is None else self.uids
         if len(uids) != count:
             raise ValueError(f"rounding.uids has {len(uids)} entries; allowed: {count}, one for each parameter")
-        return [tensor_key(self.seed, uid) for uid in uids]
+        return _keys(self.seed, tuple(uids))
+
+
+@lru_cache(maxsize=64)
+def _keys(seed: int, uids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([tensor_key(seed, uid) for uid in uids])

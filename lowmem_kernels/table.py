@@ -9,16 +9,15 @@ parameter k owns ``max(1, ceil(numel / tile))`` of them. After the rows come, fo
 ``ndim`` entries of (size, stride of column 0, stride of column 1) from the innermost dimension outwards; ``dims`` is
 where they start in the vector.
 
-A table is a pure function of addresses, sizes and strides, so it is cached by them and nothing has to be invalidated: a
-gradient that moves, a parameter that is replaced, a checkpoint that is loaded give another table. In the steady state
-of training a step costs the host the reading of the addresses.
+Gradients are new tensors in every step, so their addresses are looked up in every call, and the table is copied to the
+device again where they have changed. The rest is looked up once for lists that are `Tensors` (tensors.py).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,6 +25,7 @@ import torch
 from torch import Tensor
 
 from .device import is_capturing, stream_id
+from .tensors import remembered
 
 #: Columns before the addresses, and the bytes to which an address is aligned where 16-byte accesses are promised.
 HEADER = 5
@@ -41,17 +41,17 @@ class Layout(NamedTuple):
 
 @dataclass(frozen=True)
 class Table:
-    """One launch: the device vector, its rows, elements of a program, programs to start, the layout they may assume.
-
-    ``host`` is what ``values`` is copied from, at every replay again when the copy is part of a CUDA graph.
-    """
+    """One launch: the device vector, its rows, elements of a program, programs to start, the layout they may assume."""
 
     values: Tensor
-    host: Tensor
     rows: int
     tile: int
     tiles: int
     layout: Layout
+
+
+#: Shape and strides of a parameter and its gradient where one of them is not contiguous.
+Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def tables(
@@ -68,96 +68,118 @@ def tables(
             cost its parameter the 16-byte accesses.
     """
     params, grads = columns[0], columns[1]
-    device = params[0].device
-    # a table recorded into a CUDA graph must outlive the cache
-    build = _captured_tables if is_capturing(device) else _cached_tables
-    return build(
-        device,
-        stream_id(device),
-        tile,
-        tuple([tuple([t.data_ptr() for t in column]) for column in (*columns, *scalars)]),
-        len(columns),
-        tuple([p.numel() for p in params]),
-        tuple([_strides(p, g) for p, g in zip(params, grads, strict=True)]),
-        tuple(keys),
-    )
-
-
-#: Shape and strides of a parameter and its gradient where one of them is not contiguous.
-Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
-
-
-def _strides(param: Tensor, grad: Tensor) -> Strides | None:
-    if param.is_contiguous() and grad.is_contiguous():
-        return None
-    return tuple(param.shape), param.stride(), grad.stride()
-
-
-def _build_tables(
-    device: torch.device,
-    stream: int,
-    tile: int,
-    addresses: tuple[tuple[int, ...], ...],
-    vectors: int,
-    numels: tuple[int, ...],
-    strides: tuple[Strides | None, ...],
-    keys: tuple[int, ...],
-) -> tuple[Table, ...]:
-    members: dict[Layout, list[int]] = {}
-    for i, strided in enumerate(strides):
-        aligned = strided is None and not any(column[i] % ALIGNMENT for column in addresses[:vectors])
-        members.setdefault(Layout(aligned, strided is not None), []).append(i)
+    where = addresses([*columns, *scalars])
+    strides = strides_of(params, grads)
+    aligned = starts_aligned(where[:, : len(columns)])
     built = []
-    for layout, rows in members.items():
-        values: list[int] = []
-        dims: list[int] = []
-        tiles = 0
-        dims_start = len(rows) * (HEADER + len(addresses))
-        for i in rows:
-            extents = collapse(*strides[i]) if strides[i] is not None else []  # type: ignore[misc]
-            values += (tiles, numels[i], keys[i], dims_start + len(dims), len(extents))
-            values += (column[i] for column in addresses)
-            for extent in reversed(extents):
-                dims += extent
-            tiles += max(1, -(-numels[i] // tile))
-        built.append(Table(*_copy(values + dims, device), len(rows), tile, tiles, layout))
+    what = (strides, tuple(keys), tile, aligned.tobytes(), where.shape[1])
+    for rows in remembered([params], ("rows", *what), lambda: _rows_by_layout(params, *what)):
+        rows.values[:, HEADER:] = where[rows.members]
+        vector = uploaded(params, rows, np.concatenate([rows.values.ravel(), rows.dims]))
+        built.append(Table(vector, len(rows.members), tile, rows.tiles, rows.layout))
     return tuple(built)
 
 
-_cached_tables = lru_cache(maxsize=256)(_build_tables)
+@dataclass(frozen=True, eq=False)
+class _Rows:
+    """The rows of one layout: which parameters, [rows, HEADER + columns] of which the addresses are to be filled in."""
+
+    members: list[int]
+    layout: Layout
+    tiles: int
+    values: np.ndarray
+    dims: np.ndarray
 
 
-def _captured_tables(*contents: Any) -> tuple[Table, ...]:
-    built = _build_tables(*contents)
-    _captured.append(built)
+def _rows_by_layout(
+    params: Sequence[Tensor],
+    strides: Sequence[Strides | None],
+    keys: tuple[int, ...],
+    tile: int,
+    aligned: bytes,
+    columns: int,
+) -> list[_Rows]:
+    members: dict[Layout, list[int]] = {}
+    for i, strided in enumerate(strides):
+        members.setdefault(Layout(strided is None and bool(aligned[i]), strided is not None), []).append(i)
+    built = []
+    for layout, rows in members.items():
+        values = np.zeros((len(rows), HEADER + columns), dtype=np.int64)
+        dims: list[int] = []
+        tiles = 0
+        for row, i in zip(values, rows, strict=True):
+            numel, strided = params[i].numel(), strides[i]
+            extents = collapse(*strided) if strided is not None else []
+            row[:HEADER] = tiles, numel, keys[i], values.size + len(dims), len(extents)
+            for extent in reversed(extents):
+                dims += extent
+            tiles += max(1, -(-numel // tile))
+        built.append(_Rows(rows, layout, tiles, values, np.array(dims, dtype=np.int64)))
     return built
 
 
-#: Tables recorded into CUDA graphs. They live as long as the process, since nothing tells when a graph is destroyed.
-_captured: list[tuple[object, ...]] = []
+def addresses(columns: Sequence[Sequence[Tensor | None] | None]) -> np.ndarray:
+    """Return the addresses of lists of tensors, int64 [tensors, lists]: 0 where there is no tensor, or no list.
+
+    List 1 is the gradients, which are new in every step; the others are looked up once if they are `Tensors`.
+    """
+    count = len(columns[0] or ())
+    first, grads, *others = columns
+    kept = remembered([first, *others], "addresses", lambda: np.stack([_column(c, count) for c in columns], axis=1))
+    now = kept.copy()
+    now[:, 1] = _column(grads, count)
+    return now
 
 
-def device_vector(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """Return an int64 vector on ``device``, cached by its contents; one that a CUDA graph reads lives for ever."""
+def _column(tensors: Sequence[Tensor | None] | None, count: int) -> np.ndarray:
+    if tensors is None:
+        return np.zeros(count, dtype=np.int64)
+    return np.array([0 if t is None else t.data_ptr() for t in tensors], dtype=np.int64)
+
+
+def starts_aligned(where: np.ndarray) -> np.ndarray:
+    """Say of each row of addresses whether all of them are multiples of ALIGNMENT (0, no tensor, is)."""
+    aligned: np.ndarray = np.bitwise_or.reduce(where, axis=1) % ALIGNMENT == 0
+    return aligned
+
+
+def strides_of(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Strides | None, ...]:
+    """Return shape and strides of each parameter and gradient, None where both are contiguous."""
+
+    def usual() -> tuple[bool, tuple[Strides | None, ...]]:
+        return all([p.is_contiguous() for p in params]), (None,) * len(params)
+
+    contiguous, nothing = remembered([params], "contiguous", usual)
+    if contiguous and all([g.is_contiguous() for g in grads]):
+        return nothing
+    return tuple(
+        [
+            None if p.is_contiguous() and g.is_contiguous() else (tuple(p.shape), p.stride(), g.stride())
+            for p, g in zip(params, grads, strict=True)
+        ]
+    )
+
+
+#: What was recorded into CUDA graphs lives as long as the process, since nothing tells when a graph is destroyed.
+_captured: list[tuple[Tensor, Tensor]] = []
+
+
+def uploaded(params: Sequence[Tensor], what: Hashable, values: np.ndarray) -> Tensor:
+    """Return int64 ``values`` on the parameters' device: those of the last call if they are the same, and ``what`` is.
+
+    Nothing waits. The copy starts from pinned memory of torch's caching allocator, which is not used again before the
+    copy is done, and goes to memory of its own, so that what an earlier launch still reads is not overwritten. In a
+    CUDA graph, a copy is part of every replay, and so of the values as they are now.
+    """
+    device = params[0].device
     if is_capturing(device):
-        return captured_vector(values, device)
-    return _cached_vector(values, device, stream_id(device))
-
-
-@lru_cache(maxsize=256)
-def _cached_vector(values: tuple[int, ...], device: torch.device, stream: int) -> Tensor:
-    return vector(values, device)
-
-
-def captured_vector(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    """Return an int64 vector on ``device`` that lives for ever, as what a CUDA graph copies from and reads has to."""
-    _captured.append(_copy(values, device))
-    return _captured[-1][0]  # type: ignore[return-value]
-
-
-def vector(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
-    """Return a new int64 vector on ``device``, copied without waiting."""
-    return _copy(values, device)[0]
+        _captured.append(_copy(values, device))
+        return _captured[-1][0]
+    last: list[Any] = remembered([params], ("uploaded", what, stream_id(device)), lambda: [None, None])
+    if last[0] is not values and (last[0] is None or not np.array_equal(last[0], values)):
+        last[:] = values, _copy(values, device)[0]
+    vector: Tensor = last[1]
+    return vector
 
 
 def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, ...]]:
@@ -189,10 +211,10 @@ def _counters(size: int, device: torch.device, stream: int) -> Tensor:
     return torch.zeros(size, dtype=torch.int32, device=device)
 
 
-def _copy(values: Sequence[int] | np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
-    host = torch.from_numpy(np.asarray(values, dtype=np.int64))
+def _copy(values: np.ndarray, device: torch.device) -> tuple[Tensor, Tensor]:
+    """(values on the device, what they are copied from)."""
+    host = torch.from_numpy(values)
     if device.type == "cpu":
         return host, host
-    # pinned memory comes from torch's caching allocator, which reuses it only after the copy has been done
     host = host.pin_memory()
     return host.to(device, non_blocking=True), host

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from ..checks import check_list, check_params, state_dtypes
+from ..checks import check_gradients, check_list, check_params, state_dtypes
 from ..numerics import PARAM_DTYPES, name_of
+from ..tensors import remembered
 
 
 def check_lists(
@@ -16,12 +17,17 @@ def check_lists(
     """Raise ValueError or TypeError, naming the argument, the value and what is allowed, when the lists do not fit."""
     if not params:
         return
-    check_params(params, grads, steps)
-    for name, tensors in states.items():
-        check_list(name, tensors, [p.shape for p in params], params[0].device, state_dtypes(params))
-    if len({tensors[0].dtype for tensors in states.values()}) > 1:
-        found = ", ".join(f"{name} {name_of(tensors[0].dtype)}" for name, tensors in states.items())
-        raise TypeError(f"states are {found}; allowed: one dtype for all of them")
+
+    def check_state() -> None:
+        check_params(params, steps)
+        for name, tensors in states.items():
+            check_list(name, tensors, [p.shape for p in params], params[0].device, state_dtypes(params))
+        if len({tensors[0].dtype for tensors in states.values()}) > 1:
+            found = ", ".join(f"{name} {name_of(tensors[0].dtype)}" for name, tensors in states.items())
+            raise TypeError(f"states are {found}; allowed: one dtype for all of them")
+
+    check_gradients(params, grads)
+    remembered([params, steps, *states.values()], "check_lists", check_state)
 
 
 def check_grads(grads: Sequence[Tensor]) -> None:

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import SCALAR, check_list, check_params, state_dtypes
+from ..checks import SCALAR, check_gradients, check_list, check_params, state_dtypes
+from ..tensors import remembered
 from .rule import LR_SCHEDULES, FactoredRule
 
 _FP32 = (torch.float32,)
@@ -32,12 +33,17 @@ def check_factored(
         raise ValueError(f"exp_avgs is {given} and rule.beta1 is {rule.beta1}; allowed: both or neither")
     if not params:
         return
-    check_params(params, grads, steps)
-    _check_factors(params, rows, cols)
-    if exp_avgs is not None:
-        check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
-    if param_sums is not None:
-        check_list("param_sums", param_sums, [SCALAR] * len(params), params[0].device, _FP32)
+
+    def check_state() -> None:
+        check_params(params, steps)
+        _check_factors(params, rows, cols)
+        if exp_avgs is not None:
+            check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
+        if param_sums is not None:
+            check_list("param_sums", param_sums, [SCALAR] * len(params), params[0].device, _FP32)
+
+    check_gradients(params, grads)
+    remembered([params, rows, cols, steps, exp_avgs, param_sums], "check_factored", check_state)
 
 
 def check_confidence(
@@ -53,13 +59,18 @@ def check_confidence(
     """Raise as `check_factored`."""
     if not params:
         return
-    check_params(params, grads, steps)
-    check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
-    _check_factors(params, rows, cols)
-    device = params[0].device
-    res_row_shapes = [row_shape(p) if p.ndim >= 2 else None for p in params]
-    check_list("res_rows", res_rows, res_row_shapes, device, _FP32)
-    check_list("res_cols", res_cols, [col_shape(p) for p in params], device, _FP32)
+
+    def check_state() -> None:
+        check_params(params, steps)
+        check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
+        _check_factors(params, rows, cols)
+        device = params[0].device
+        res_row_shapes = [row_shape(p) if p.ndim >= 2 else None for p in params]
+        check_list("res_rows", res_rows, res_row_shapes, device, _FP32)
+        check_list("res_cols", res_cols, [col_shape(p) for p in params], device, _FP32)
+
+    check_gradients(params, grads)
+    remembered([params, exp_avgs, rows, cols, res_rows, res_cols, steps], "check_confidence", check_state)
 
 
 def _check_factors(params: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None]) -> None:

@@ -7,19 +7,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..device import device_facts, is_capturing, launching_on, stream_id
+from ..device import device_facts, launching_on
 from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
-from ..table import ALIGNMENT, Layout, captured_vector, counters, device_vector, vector
-from ..tickets import plan_order
+from ..table import Layout, addresses, counters, starts_aligned, strides_of, uploaded
+from ..tensors import remembered
+from ..tickets import Order, plan_order
 from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import Schedule, Shape, geometry_of, schedules_of
+from .schedule import Schedule, Shape, geometries_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -126,16 +128,12 @@ def _launch(
         return
     device = params[0].device
     facts = device_facts(device)
-    addresses = [_addresses(columns.get(name), len(params)) for name in COLUMNS]
-    # of the columns that are read as tiles
-    tiled = [addresses[COLUMNS.index(name)] for name in ("param", "grad", "row", "exp_avg")]
-    aligned = tuple([(p | g | row | m) % ALIGNMENT == 0 for p, g, row, m in zip(*tiled, strict=True)])
-    geometries = tuple([geometry_of(p, g) for p, g in zip(params, grads, strict=True)])
-    keys = tuple(rounding.keys(len(params)))
-    for schedule in _schedules(geometries, aligned, keys, phases, grads[0].itemsize, plan_order(facts)):
+    where = addresses([columns.get(name) for name in COLUMNS])
+    aligned = starts_aligned(where[:, _TILED])
+    for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
         plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, arguments.get("MOMENTUM", False))
-        table = _table(schedule, device)
-        pointers = device_vector(tuple([column[i] for i in schedule.members for column in addresses]), device)
+        table = uploaded(params, schedule, schedule.values)
+        pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
         scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
         counts = counters(schedule.counters, device)
         for tickets in schedule.launches:
@@ -157,19 +155,24 @@ def _launch(
     torch.autograd.graph.increment_version(params)
 
 
-_schedules = lru_cache(maxsize=64)(schedules_of)
+#: Columns that are read as tiles.
+_TILED = [COLUMNS.index(name) for name in ("param", "grad", "row", "exp_avg")]
 
 
-def _table(schedule: Schedule, device: torch.device) -> Tensor:
-    if is_capturing(device):
-        return captured_vector(schedule.values, device)
-    return _cached_table(schedule, device, stream_id(device))
+def _schedules(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    aligned: np.ndarray,
+    keys: tuple[int, ...],
+    phases: tuple[str, ...],
+    order: Order,
+) -> tuple[Schedule, ...]:
+    strides, itemsize = strides_of(params, grads), grads[0].itemsize
+
+    def make() -> tuple[Schedule, ...]:
+        return _schedules_of(geometries_of(params, strides), tuple(aligned.tolist()), keys, phases, itemsize, order)
+
+    return remembered([params], ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order), make)
 
 
-@lru_cache(maxsize=256)
-def _cached_table(schedule: Schedule, device: torch.device, stream: int) -> Tensor:
-    return vector(schedule.values, device)
-
-
-def _addresses(tensors: Sequence[Tensor | None] | None, count: int) -> list[int]:
-    return [0] * count if tensors is None else [0 if t is None else t.data_ptr() for t in tensors]
+_schedules_of = lru_cache(maxsize=64)(schedules_of)

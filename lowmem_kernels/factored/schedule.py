@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..table import Layout, collapse
+from ..table import Layout, Strides, collapse
 from ..tickets import SLOTS, Order, Stage, bundles_of, ticket_list
 from .fields import FIELDS, PHASES, SCALARS, SLAB
 
@@ -57,7 +57,7 @@ class Schedule:
     ``rows_start`` on. ``launches`` are ranges of tickets; ``scratch`` counts float32 elements.
     """
 
-    members: tuple[int, ...]
+    members: np.ndarray
     tile: Shape
     layout: Layout
     values: np.ndarray
@@ -68,10 +68,9 @@ class Schedule:
     scratch: int
 
 
-def geometry_of(param: Tensor, grad: Tensor) -> Geometry:
-    """Return the geometry of a parameter and its gradient."""
-    contiguous = param.is_contiguous() and grad.is_contiguous()
-    return Geometry(tuple(param.shape), None if contiguous else (param.stride(), grad.stride()))
+def geometries_of(params: Sequence[Tensor], strides: Sequence[Strides | None]) -> tuple[Geometry, ...]:
+    """Return the geometries of parameters, with the strides of `table.strides_of`."""
+    return tuple([Geometry(tuple(p.shape), s and s[1:]) for p, s in zip(params, strides, strict=True)])
 
 
 def schedules_of(
@@ -100,7 +99,7 @@ def schedules_of(
     for (tile, layout), members in kinds.items():
         rows = [_Row(geometries[i], tile, "residual" in phases) for i in members]
         schedules.append(
-            _schedule(tuple(members), tile, layout, rows, [keys[i] for i in members], phases, itemsize, order)
+            _schedule(np.array(members), tile, layout, rows, [keys[i] for i in members], phases, itemsize, order)
         )
     return tuple(schedules)
 
@@ -123,7 +122,7 @@ def tile_of(geometry: Geometry, layout: Layout) -> Shape:
 
 
 def _schedule(
-    members: tuple[int, ...],
+    members: np.ndarray,
     tile: Shape,
     layout: Layout,
     rows: Sequence[_Row],

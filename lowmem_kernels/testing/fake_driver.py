@@ -4,12 +4,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count
 from typing import Any, NamedTuple
+from unittest.mock import patch
 
 import torch
 from triton.backends.compiler import GPUTarget
 from triton.runtime import JITFunction
 from triton.runtime.driver import driver
 
+from lowmem_kernels import dispatch
 from lowmem_kernels.testing.aot import TARGETS
 
 # a negative number per driver keeps the kernels it compiles apart from those of real devices and of other targets
@@ -88,7 +90,7 @@ class _Utils:
 
 @contextmanager
 def fake_driver(target_name: str = "sm_90") -> Iterator[FakeDriver]:
-    """Let `kernel[grid](...)` on CPU tensors do everything but run, as if on TARGETS[target_name].
+    """Let `kernel[grid](...)` and backend="triton" on CPU tensors do everything but run, as if on TARGETS[target_name].
 
         with fake_driver() as gpu:
             optimizer.step()
@@ -107,7 +109,8 @@ def fake_driver(target_name: str = "sm_90") -> Iterator[FakeDriver]:
     former = driver._active
     driver.set_active(fake)
     try:
-        yield fake
+        with patch.object(dispatch, "why_not_triton", lambda tensors: None):
+            yield fake
     finally:
         driver.set_active(former)
         fake.forget_kernels()

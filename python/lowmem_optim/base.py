@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any, overload
+from operator import is_
+from typing import Any, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -13,12 +14,22 @@ from torch.optim.optimizer import Optimizer, ParamsT
 from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
+from lowmem_kernels.tensors import Gradients
 
 from .buckets import Bucket
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 
 StateDict = dict[str, Any]
+
+
+class _Known(NamedTuple):
+    """The buckets of the last step, and what they depend on."""
+
+    objects: list[object]
+    facts: tuple[list[Any], ...]
+    buckets: list[Bucket]
+    places: list[list[int]]
 
 
 class LowMemOptimizer(Optimizer):
@@ -38,6 +49,7 @@ class LowMemOptimizer(Optimizer):
         defaults = {**own, **COMMON_DEFAULTS, **common}
         self._check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
+        self._known: _Known | None = None
         super().__init__(params, defaults)
 
     # what a subclass says
@@ -83,34 +95,60 @@ class LowMemOptimizer(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         buckets = self._buckets()
-        self._set_transforms(buckets)
-        for bucket in buckets:
-            self.update(bucket)
+        try:
+            self._set_transforms(buckets)
+            for bucket in buckets:
+                self.update(bucket)
+        finally:
+            for bucket in buckets:
+                bucket.grads = Gradients()  # buckets outlive the step, gradients need not
         return loss
 
     def _buckets(self) -> list[Bucket]:
-        """What has a gradient, sorted into buckets. All gradients are checked before any state is made."""
+        """What has a gradient, sorted into buckets: those of the last step if nothing but gradients is new."""
+        params = [param for group in self.param_groups for param in group["params"]]
+        grads = [param.grad for param in params]
+        # what a bucket depends on. Tensors and states are compared by identity
+        objects = [*params, *self.param_groups, *self.state.values()]
+        facts = (
+            [len(group["params"]) for group in self.param_groups],
+            [param.data_ptr() for param in params],
+            [param.dtype for param in params],
+            [None if grad is None else grad.dtype for grad in grads],
+            [None if grad is None else grad.layout for grad in grads],
+        )
+        known = self._known
+        if known is None or known.facts != facts or not _same_objects(known.objects, objects):
+            buckets, places = self._make_buckets()
+            # states may have been made just now
+            objects = [*params, *self.param_groups, *self.state.values()]
+            known = self._known = _Known(objects, facts, buckets, places)
+        for bucket, where in zip(known.buckets, known.places, strict=True):
+            bucket.grads = Gradients([grads[i] for i in where])
+        return known.buckets
+
+    def _make_buckets(self) -> tuple[list[Bucket], list[list[int]]]:
+        """Buckets, and the places of their parameters among all. All gradients are checked before any state is made."""
         found, checked = [], set()
-        for group, param, identity in self._parameters():
+        for place, (group, param, identity) in enumerate(self._parameters()):
             grad = param.grad
             if grad is not None:
                 kind = (id(group), param.device, param.dtype, grad.dtype, grad.layout)
                 if kind not in checked:
                     self._check_gradient(group, param, grad, identity)
                     checked.add(kind)
-                found.append((kind, group, param, grad, identity))
-        buckets: dict[tuple[Any, ...], Bucket] = {}
-        for kind, group, param, grad, identity in found:
+                found.append((kind, group, param, identity, place))
+        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, dict[str, Any], int]]] = {}
+        for kind, group, param, identity, place in found:
             state = self.state[param] or self._make_state(param, group, identity)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            key = (kind, *_narrow_parts(state))
-            bucket = buckets.get(key)
-            if bucket is None:
-                bucket = buckets[key] = Bucket(group)
-            bucket.params.append(param)
-            bucket.grads.append(grad)
-            bucket.states.append(state)
-        return list(buckets.values())
+            members.setdefault((kind, *_narrow_parts(state)), []).append((group, param, state, place))
+        buckets, places = [], []
+        for each in members.values():
+            groups, params, states, where = zip(*each, strict=True)
+            buckets.append(Bucket(groups[0], params, states))
+            places.append(list(where))
+        return buckets, places
 
     def _check_gradient(self, group: dict[str, Any], param: Tensor, grad: Tensor, identity: str | int) -> None:
         """Raise what an update would raise after others have been made; dtypes may have changed since construction."""
@@ -203,6 +241,7 @@ class LowMemOptimizer(Optimizer):
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
+        self._known = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
                 group.setdefault(name, default)
@@ -244,6 +283,10 @@ class LowMemOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+def _same_objects(some: list[object], others: list[object]) -> bool:
+    return len(some) == len(others) and all(map(is_, some, others))
 
 
 def _narrow_parts(state: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:

@@ -2,45 +2,64 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable, Iterable
+from operator import is_
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import rounds_stochastically
+from lowmem_kernels.tensors import Gradients, Tensors
+
+T = TypeVar("T")
 
 
-@dataclass
 class Bucket:
-    """Parameters of one group that share device and dtypes, each with its gradient and state."""
+    """Parameters of one group that share device and dtypes, each with its state, and its gradient during a step.
 
-    group: dict[str, Any]
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    states: list[dict[str, Any]] = field(default_factory=list)
-    transform: GradTransform = field(default_factory=GradTransform)
+    Made once and kept from step to step, so that verbs find the same `Tensors`.
+    """
+
+    def __init__(self, group: dict[str, Any], params: Iterable[Tensor], states: Iterable[dict[str, Any]]) -> None:
+        self.group = group
+        self.params = Tensors(params)
+        self.states = list(states)
+        self.grads = Gradients()
+        self.transform = GradTransform()
+        self._uids = tuple([state["uid"] for state in self.states])
+        self._lists: dict[str, Tensors] = {}
+        self._kept: dict[str, Any] = {}
 
     @property
     def device(self) -> torch.device:
         """The device of all tensors in the bucket."""
         return self.params[0].device
 
-    def state(self, key: str) -> list[Tensor]:
-        """The state tensors of one name."""
-        return [state[key] for state in self.states]
+    def state(self, key: str, otherwise: str = "") -> Tensors:
+        """Of each state the tensor of this name, or where it has none of the other name, or None."""
+        now = [state.get(key) for state in self.states]
+        if otherwise:
+            now = [state.get(otherwise) if t is None else t for state, t in zip(self.states, now, strict=True)]
+        known = self._lists.get(key)
+        # states are dictionaries that anyone may write to
+        if known is None or not all(map(is_, known, now)):
+            known = self._lists[key] = Tensors(now)
+        return known
 
-    def optional_state(self, key: str) -> list[Tensor | None]:
-        """As `state`, with None for parameters that have none of that name."""
-        return [state.get(key) for state in self.states]
+    def kept(self, what: str, make: Callable[[Tensors], T]) -> T:
+        """Return what ``make`` makes of the parameters, once for as long as the bucket lives."""
+        if what not in self._kept:
+            self._kept[what] = make(self.params)
+        kept: T = self._kept[what]
+        return kept
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments that all verbs share: transform, rounding, backend."""
         stochastic = rounds_stochastically(self.params[0].dtype, self.group["stochastic_rounding"])
-        uids = [state["uid"] for state in self.states]
         return {
             "transform": self.transform,
-            "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=uids),
+            "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=self._uids),
             "backend": self.group["backend"],
         }

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from lowmem_kernels.factored import FactoredRule, factored_update_
+from lowmem_kernels.tensors import Tensors
 
 from .base import LowMemOptimizer, StateDict
 from .buckets import Bucket
@@ -36,12 +37,12 @@ class FactoredOptimizer(LowMemOptimizer):
     )
 
     def __init__(self, params: ParamsT, own: dict[str, Any], common: CommonOptions) -> None:
-        self._param_sums = ParamSums()
+        self._places: dict[Tensor, tuple[ParamSums, int]] = {}
         super().__init__(params, own, common)
 
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
-        self._param_sums = ParamSums()
+        self._places = {}
 
     def rule(self, group: Mapping[str, Any]) -> FactoredRule:
         """Return the dialect that the options of a group ask for."""
@@ -57,7 +58,9 @@ class FactoredOptimizer(LowMemOptimizer):
     def update(self, bucket: Bucket) -> None:
         rule, (lr, weight_decay) = self.rule(bucket.group), self.rates(bucket.group)
         # a captured graph is replayed without Python, where nobody sees that a parameter has changed
-        carried = rule.scale_parameter and not bucket.group["capturable"]
+        carried = None
+        if rule.scale_parameter and not bucket.group["capturable"]:
+            carried = bucket.kept("param_sums", lambda params: ParamSums(params, self._places))
         rows, cols = second_moments(bucket)
         factored_update_(
             bucket.params,
@@ -69,40 +72,49 @@ class FactoredOptimizer(LowMemOptimizer):
             weight_decay=weight_decay,
             rule=rule,
             exp_avgs=None if rule.beta1 is None else bucket.state("exp_avg"),
-            param_sums=self._param_sums.of(bucket.params) if carried else None,
+            param_sums=None if carried is None else carried.now(),
             **bucket.options(),
         )
-        if carried:
-            self._param_sums.keep(bucket.params)
+        if carried is not None:
+            carried.keep()
 
 
 class ParamSums:
-    """The sum of p² of each parameter as the last step left it, so that the next one need not read p for RMS(p).
+    """The sum of p² of each parameter of a list as the last step left it, so that the next need not read p for RMS(p).
 
     It is NaN, unknown, for a parameter that something else has written or moved since. Writes through ``.data`` do not
     count as such: autograd does not see them either, and RMS(p) is then one step old for one step.
+
+    ``places`` says where a parameter's sum was last, in which list and at which place: a list takes over what it can.
     """
 
-    def __init__(self) -> None:
-        self._sums: dict[Tensor, Tensor] = {}
-        self._seen: dict[Tensor, tuple[int, int]] = {}
+    def __init__(self, params: Tensors, places: dict[Tensor, tuple[ParamSums, int]]) -> None:
+        self._params = params
+        self._addresses = [param.data_ptr() for param in params]
+        self._versions = self._now()
+        sums = list(torch.full((len(params),), torch.nan, dtype=torch.float32, device=params[0].device).unbind())
+        for i, param in enumerate(params):
+            last, k = places.get(param, (self, i))
+            if last is not self and last._addresses[k] == self._addresses[i]:
+                sums[i], self._versions[i] = last._sums[k], last._versions[k]
+        self._sums: Tensors = Tensors(sums)
+        places.update((param, (self, i)) for i, param in enumerate(params))
 
-    def of(self, params: list[Tensor]) -> list[Tensor]:
-        """Return the 0-d tensors of parameters on one device, for a verb to read and to write."""
-        changed = [param for param in params if self._seen.get(param) != _version(param)]
-        if changed:
-            # one allocation for all, and none in the steady state
-            unknown = torch.full((len(changed),), torch.nan, dtype=torch.float32, device=changed[0].device)
-            self._sums.update(zip(changed, unknown.unbind(), strict=True))
-        return [self._sums[param] for param in params]
+    def now(self) -> Tensors:
+        """Return the 0-d tensors, for a verb to read and to write."""
+        now = self._now()
+        if now != self._versions:
+            for total, old, new in zip(self._sums, self._versions, now, strict=True):
+                if old != new:
+                    total.fill_(torch.nan)
+        return self._sums
 
-    def keep(self, params: list[Tensor]) -> None:
+    def keep(self) -> None:
         """Take parameters as they are now for what the sums belong to: right after the verb has written both."""
-        self._seen.update((param, _version(param)) for param in params)
+        self._versions = self._now()
 
-
-def _version(param: Tensor) -> tuple[int, int]:
-    return param.data_ptr(), param._version
+    def _now(self) -> list[int]:
+        return [param._version for param in self._params]
 
 
 def new_second_moment(param: Tensor) -> dict[str, Tensor]:
@@ -124,10 +136,9 @@ def new_momentum(param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     return {"exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format)}
 
 
-def second_moments(bucket: Bucket) -> tuple[list[Tensor], list[Tensor | None]]:
+def second_moments(bucket: Bucket) -> tuple[Tensors, Tensors]:
     """Return the lists ``rows`` and ``cols`` of the factored verbs."""
-    rows = [state["exp_avg_sq"] if "exp_avg_sq" in state else state["exp_avg_sq_row"] for state in bucket.states]
-    return rows, bucket.optional_state("exp_avg_sq_col")
+    return bucket.state("exp_avg_sq_row", otherwise="exp_avg_sq"), bucket.state("exp_avg_sq_col")
 
 
 def check_eps(eps: Any) -> None:

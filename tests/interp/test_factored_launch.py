@@ -54,9 +54,9 @@ def _counters_are_zero_after_each_launch(monkeypatch):
 @pytest.fixture
 def _schedules_made_anew():
     """For tests that change how work is cut."""
-    launch._schedules.cache_clear()
+    launch._schedules_of.cache_clear()
     yield
-    launch._schedules.cache_clear()
+    launch._schedules_of.cache_clear()
 
 
 def run(bucket, name, steps=1, backend="triton", **options):
@@ -86,7 +86,7 @@ def test_bits_do_not_depend_on_neighbours_or_the_run(name):
 def test_bits_do_not_depend_on_the_bundles_of_a_list(name, monkeypatch):
     """Where scratch is for one parameter at a time, each is a bundle of its own."""
     usual = run(bucket_of(name), name)
-    launch._schedules.cache_clear()
+    launch._schedules_of.cache_clear()
     monkeypatch.setattr(schedule, "SCRATCH_BYTES", 0)
     assert_same_buckets(run(bucket_of(name), name), usual)
 

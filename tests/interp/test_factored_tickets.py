@@ -41,10 +41,10 @@ EVERY_KERNEL = ["external", "torch", "came"]
 @pytest.fixture(autouse=True)
 def _fresh_caches():
     """What a test leaves in the counters after a wait was not satisfied, and its schedules, must not outlive it."""
-    for cache in (launch._schedules, table._counters):
+    for cache in (launch._schedules_of, table._counters):
         cache.cache_clear()
     yield
-    for cache in (launch._schedules, table._counters):
+    for cache in (launch._schedules_of, table._counters):
         cache.cache_clear()
 
 
@@ -171,6 +171,5 @@ def test_one_launch_and_phases_are_the_same_kernel(monkeypatch):
     monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, **__: launches.append(self.__name__))
     for order, count in ((EACH_ALONE, 1), (replace(EACH_ALONE, phased=True, ahead=0), 3 * len(CASES))):
         launches.clear()
-        launch._schedules.cache_clear()
         run("external", monkeypatch, order)
         assert launches == ["_factored_kernel"] * count

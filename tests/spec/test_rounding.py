@@ -199,4 +199,4 @@ def test_rounds_stochastically():
 def test_uids_must_be_one_for_each_parameter():
     with pytest.raises(ValueError, match=r"rounding\.uids has 2 entries; allowed: 3"):
         Rounding(uids=[1, 2]).keys(3)
-    assert Rounding(seed=9).keys(3) == [tensor_key(9, uid) for uid in range(3)]
+    assert Rounding(seed=9).keys(3) == tuple(tensor_key(9, uid) for uid in range(3))

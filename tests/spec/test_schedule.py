@@ -10,7 +10,8 @@ import torch
 from lowmem_kernels.device import HOPPER
 from lowmem_kernels.factored import schedule
 from lowmem_kernels.factored.fields import FIELDS, PHASES, SCALARS
-from lowmem_kernels.factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE, Geometry, geometry_of, schedules_of
+from lowmem_kernels.factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE, Geometry, geometries_of, schedules_of
+from lowmem_kernels.table import strides_of
 from lowmem_kernels.testing import SHAPES, make_tensors
 from lowmem_kernels.tickets import SEGMENT, SLOTS, Order, plan_order
 
@@ -25,7 +26,8 @@ LARGE = [
     (2048, 65), (128, 256), (129, 256), (300, 130), (4096,), (4097,), (2**31 + 9,), (128, 2048, 8), (3, 0), (0, 5, 3),
     (2, 0, 5),
 ]  # fmt: skip
-GEOMETRIES = [geometry_of(*make_tensors(case, torch.bfloat16, 0)) for case in SHAPES]
+_PARAMS, _GRADS = zip(*(make_tensors(case, torch.bfloat16, 0) for case in SHAPES), strict=True)
+GEOMETRIES = [*geometries_of(_PARAMS, strides_of(_PARAMS, _GRADS))]
 GEOMETRIES += [Geometry(shape, None) for shape in LARGE]
 
 

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from lowmem_kernels.table import ALIGNMENT, HEADER, Layout, collapse, counters, tables
+from lowmem_kernels.table import ALIGNMENT, HEADER, Layout, addresses, collapse, counters, tables
+from lowmem_kernels.tensors import Tensors
 from lowmem_kernels.testing import SHAPES, make_tensors
 
 ALIGNED, UNALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
@@ -100,16 +101,43 @@ def test_step_counters_need_no_alignment():
     assert [(t.layout, t.rows) for t in tables((params, grads), [0] * 4, 512, scalars=[steps])] == [(ALIGNED, 4)]
 
 
-def test_upload_is_cached_by_contents():
-    params, grads = [torch.zeros(8)], [torch.zeros(8)]
+def test_addresses_are_looked_up_once_but_for_the_gradients():
+    params, grads = Tensors([torch.zeros(8), torch.zeros(4)]), [torch.ones(8), torch.ones(4)]
+    states = Tensors([None, torch.zeros(2)])
+    expected = [
+        [params[0].data_ptr(), grads[0].data_ptr(), 0, 0],
+        [params[1].data_ptr(), grads[1].data_ptr(), states[1].data_ptr(), 0],
+    ]
+    assert addresses([params, grads, states, None]).tolist() == expected
+    moved = [torch.ones(8), grads[1]]
+    expected[0][1] = moved[0].data_ptr()
+    assert addresses([params, moved, states, None]).tolist() == expected
+    # other lists with the same parameters
+    other = Tensors([None, None])
+    assert addresses([params, moved, other, states]).tolist() == [[*row[:2], 0, row[2]] for row in expected]
+
+
+def test_uploads_are_kept_while_nothing_changes():
+    params, grads = Tensors([torch.zeros(8)]), [torch.zeros(8)]
     (one,) = tables((params, grads), [1], 512)
-    (again,) = tables([list(params), list(grads)], [1], 512)
+    (again,) = tables((params, list(grads)), [1], 512)
     assert again.values is one.values
-    moved = [torch.zeros(8)]
-    for columns, key in (((params, moved), 1), ((moved, grads), 1), ((params, grads), 2)):
-        (other,) = tables(columns, [key], 512)
-        assert other.values is not one.values
-        assert other.values.tolist() != one.values.tolist()
+    old = one.values.tolist()
+    for column, key in (([torch.zeros(8)], 1), (grads, 2)):
+        (other,) = tables((params, column), [key], 512)
+        assert other.values.tolist() != old
+    # an earlier launch may still read the first one
+    assert one.values.tolist() == old
+
+
+def test_plain_lists_are_looked_at_in_every_call():
+    """Also if a tensor has moved since."""
+    params, grads = [torch.zeros(8)], [torch.zeros(8)]
+    tables((params, grads), [1], 512)
+    params[0].set_(torch.zeros(16, 2)[:, 0])
+    (moved,) = tables((params, grads), [1], 512)
+    assert moved.layout == STRIDED
+    assert params[0].data_ptr() in moved.values.tolist()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 4, 5, 1000])
