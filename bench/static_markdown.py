@@ -43,7 +43,8 @@ Counted in Triton's interpreter on matrices with few rows. *Formula* and *reques
 (parameter, gradient, moments); *factors* are row and column factors; *rest* is the scratch with its column sums,
 tables, counters and steps. *At DRAM* is what a cache would move that forgets the line least recently used: 128-byte
 lines, half as large as the matrix of gradients, programs one after the other; its formula is the one where the second
-sweep over a block of rows comes from the cache. A real cache has many programs at a time, sets, and other policies.
+sweep over a block of rows comes from the cache. Tables and counters are left out there. A real cache has many programs
+at a time, sets, and other policies.
 
 | verb | matrix | dtype | formula, read + written | requested | factors | rest | DRAM formula | at DRAM | rest there |
 |---|---|---|---|---|---|---|---|---|---|

@@ -12,7 +12,7 @@ import json
 import multiprocessing
 import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,6 +45,9 @@ CURVE_SHAPE, CURVE_DTYPE = (128, 4096), "bf16"
 CURVE_VERBS = ("adafactor, RMS(p) carried", "adafactor, RMS(p) read", "came")
 CURVE_SIZES = (0.25, 0.5, 0.75, 1.0, 1.5, 3.0)
 ORDERS = ("forward", "reverse")
+# bytes of a line of a cache, and float32 numbers of the memory that verbs may allocate
+LINE = 128
+ARENA = 1 << 22
 # share of a phase's programs that take turns
 IN_FLIGHT = {"one": 0.0, "half": 0.5, "all": 1.0}
 
@@ -88,15 +91,12 @@ def kernel_facts(target: str, number: int) -> dict[str, Any]:
 
 def verb_bytes(verb: str, shape: tuple[int, int], dtype: str) -> dict[str, Any]:
     """Run a verb in the interpreter and return its bytes for each element, requested and at DRAM."""
-    from lowmem_kernels.testing.bytecount import count_bytes, dram_bytes
-    from lowmem_kernels.testing.verbs import make_call
+    from lowmem_kernels.testing.bytecount import dram_bytes
 
-    call = make_call(verb, [shape], DTYPES[dtype], backend="triton")
-    with _interpreter(), count_bytes(_present(call.tensors)) as traffic:
-        call.run()
+    call, traffic = _traffic(verb, shape, dtype)
     numel = shape[0] * shape[1]
     asked = traffic.read + traffic.written + traffic.atomic
-    read, written = dram_bytes(traffic.trace, int(CACHE_OF_MATRIX * numel * DTYPES[dtype].itemsize))
+    read, written = dram_bytes(_without_tables(traffic), int(CACHE_OF_MATRIX * numel * DTYPES[dtype].itemsize))
 
     def share(nbytes: Any, names: Iterable[str]) -> float:
         return sum(nbytes[name] for name in names) / numel
@@ -117,22 +117,68 @@ def verb_bytes(verb: str, shape: tuple[int, int], dtype: str) -> dict[str, Any]:
 
 def cache_curve(verb: str, order: str) -> list[dict[str, Any]]:
     """Run a factored verb in the interpreter and return its DRAM bytes for each element against the cache's size."""
-    from lowmem_kernels.testing.bytecount import count_bytes, dram_bytes
-    from lowmem_kernels.testing.verbs import make_call
+    from lowmem_kernels.testing.bytecount import dram_bytes
 
-    call = make_call(verb, [CURVE_SHAPE], DTYPES[CURVE_DTYPE], backend="triton")
-    with _interpreter(), _phases(reverse=order == "reverse"), count_bytes(_present(call.tensors)) as traffic:
-        call.run()
+    with _phases(reverse=order == "reverse"):
+        _, traffic = _traffic(verb, CURVE_SHAPE, CURVE_DTYPE)
     numel = CURVE_SHAPE[0] * CURVE_SHAPE[1]
     curves = []
     for name, share in IN_FLIGHT.items():
-        trace = list(in_turns(traffic.trace, share))
+        trace = list(in_turns(_without_tables(traffic), share))
         totals = []
         for size in CURVE_SIZES:
             read, written = dram_bytes(trace, int(size * numel * DTYPES[CURVE_DTYPE].itemsize))
             totals.append(round(sum((read + written)[tensor] for tensor in ELEMENTS) / numel, 1))
         curves.append({"verb": verb, "order": order, "in_flight": name, "dram": totals})
     return curves
+
+
+def _traffic(verb: str, shape: tuple[int, int], dtype: str) -> tuple[Any, Any]:
+    """A verb's call and what it requests of its tensors and, as "scratch", of the memory that it allocates.
+
+    All of it starts at multiples of a line, so that the lines touched do not depend on what the allocator gives.
+    """
+    from lowmem_kernels.testing import interpreter
+    from lowmem_kernels.testing.bytecount import count_bytes
+    from lowmem_kernels.testing.verbs import make_call
+
+    torch.set_num_threads(1)
+    interpreter.install_fast_calls()
+    interpreter.install_fp32_arguments()
+    interpreter.install_round_to_nearest()
+    call = make_call(verb, [shape], DTYPES[dtype], backend="triton")
+    tensors: dict[str, list[Tensor]] = {}
+    for name, group in call.tensors.items():
+        group[:] = [t if t is None else _aligned(t.numel(), t.dtype).view(t.shape).copy_(t) for t in group]
+        tensors[name] = [t for t in group if t is not None]
+    arena = _aligned(ARENA, torch.float32)
+    taken = 0
+
+    def empty(size: int, **_: Any) -> Tensor:
+        nonlocal taken
+        start, taken = taken, taken + -(-size // LINE) * LINE
+        return arena[start : start + size]
+
+    original, torch.empty = torch.empty, empty
+    try:
+        with count_bytes({**tensors, "scratch": arena}) as traffic:
+            call.run()
+    finally:
+        torch.empty = original
+    return call, traffic
+
+
+def _aligned(numel: int, dtype: torch.dtype) -> Tensor:
+    """Memory that starts at a multiple of a line and shares none with other memory."""
+    lines = -(-numel * dtype.itemsize // LINE)
+    memory = torch.zeros((lines + 1) * LINE, dtype=torch.uint8)
+    start = -memory.data_ptr() % LINE
+    return memory[start : start + numel * dtype.itemsize].view(dtype)
+
+
+def _without_tables(traffic: Any) -> list[Any]:
+    """The trace of what has a name. Tables and counters are small, and used too often for a cache to forget them."""
+    return [access for access in traffic.trace if access.name != "other"]
 
 
 def in_turns(trace: Iterable[Any], share: float) -> Iterator[Any]:
@@ -172,22 +218,6 @@ def _phases(reverse: bool) -> Iterator[None]:
         yield
     finally:
         launch.plan_order = plan
-
-
-def _present(tensors: Mapping[str, Sequence[Tensor | None]]) -> dict[str, list[Tensor]]:
-    return {name: [tensor for tensor in group if tensor is not None] for name, group in tensors.items()}
-
-
-@contextmanager
-def _interpreter() -> Iterator[None]:
-    """Make the interpreter of this process compute as a GPU does."""
-    from lowmem_kernels.testing import interpreter
-
-    torch.set_num_threads(1)
-    interpreter.install_fast_calls()
-    interpreter.install_fp32_arguments()
-    interpreter.install_round_to_nearest()
-    yield
 
 
 def _run(tasks: list[Task], interpret: bool, advance: Callable[[], None]) -> list[Any]:
