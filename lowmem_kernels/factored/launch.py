@@ -131,7 +131,7 @@ def _launch(
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
     for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
-        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, arguments.get("MOMENTUM", False))
+        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, momentum=bool(exp_avgs))
         table = uploaded(params, schedule, schedule.values)
         pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
         scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
