@@ -64,7 +64,8 @@ def test_every_loop_is_whole():
             assert loop["per_element"] == round(loop["instructions"] / loop["elements"], 1), key
         if "misaligned" not in key[1] and "strided" not in key[1]:
             # 16-byte accesses, or all that a thread has of a tile where that is less
-            bits = 16 * min(loop["elements"] for loop in row["loops"])
+            dtype = key[1].split("-")[1]
+            bits = {"bf16": 16, "fp16": 16, "fp32": 32}[dtype] * min(loop["elements"] for loop in row["loops"])
             for kind in ("load", "store"):
                 assert (row[f"bulk_{kind}_bits"] or [128, 128]) == [min(bits, 128), 128], key
 
