@@ -38,16 +38,17 @@ class FactoredPlan:
         return {"num_warps": self.num_warps, **bound}
 
 
-def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
+def plan_factored(tile: Shape, layout: Layout, warp_size: int) -> FactoredPlan:
     """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
 
     Aligned: 16 elements for each thread of 8 warps. Left to itself the compiler takes 150 to 230 registers on sm_90, so
-    that a processor has one program; with 128 it has two, and nothing spills. With a momentum that would spill: 8
-    elements for each thread of 16 warps, 124 registers, the same number of warps. Otherwise see `schedule.tile_of`.
-    AMD's compiler has no bound on registers.
+    that a processor has one program; with 128 it has two, and what it saves in memory is nothing or a few numbers
+    outside the loops. 16 warps would need as many registers, and twice the instructions for sums over rows. Otherwise
+    see `schedule.tile_of`. AMD's compiler has no bound on registers.
     """
-    few = layout.aligned and not momentum
-    return FactoredPlan(tile, num_warps=8 if few else 16, maxnreg=128 if few and warp_size == 32 else None)
+    return FactoredPlan(
+        tile, num_warps=8 if layout.aligned else 16, maxnreg=128 if layout.aligned and warp_size == 32 else None
+    )
 
 
 def factored_update_(
@@ -131,7 +132,7 @@ def _launch(
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
     for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
-        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, momentum=bool(exp_avgs))
+        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size)
         table = uploaded(params, schedule, schedule.values)
         pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
         scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)

@@ -71,9 +71,7 @@ def _case(
 ) -> CompileCase:
     layout = _LAYOUTS[layout_name]
     wide, narrow = (WIDE, NARROW) if layout.aligned else (HALF_WIDE, HALF_NARROW)
-    # CAME always has one
-    momentum = flags.get("MOMENTUM", True)
-    plan = plan_factored(narrow if flags.get("narrow") else wide, layout, warp_size, momentum)
+    plan = plan_factored(narrow if flags.get("narrow") else wide, layout, warp_size)
     constexprs = {
         "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": _DTYPES[state],
         "ALIGNED": layout.aligned, "STRIDED": layout.strided, "STOCHASTIC": False, "SKIP_NONFINITE": True,

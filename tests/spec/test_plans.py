@@ -45,16 +45,15 @@ def rows_of(found: Schedule) -> list[dict[str, int]]:
 
 
 def test_warps_and_registers():
-    """16 elements for each thread, or 8 where a momentum takes registers, or 4 with an address for each."""
+    """16 elements for each thread, or 4 with an address for each."""
     aligned, misaligned, strided = Layout(True, False), Layout(False, False), Layout(False, True)
     for tile in (WIDE, NARROW):
-        assert plan_factored(tile, aligned, 32, momentum=False) == FactoredPlan(tile, 8, 128)
-        assert plan_factored(tile, aligned, 32, momentum=True) == FactoredPlan(tile, 16, None)
-        assert plan_factored(tile, aligned, 64, momentum=False) == FactoredPlan(tile, 8, None)
+        assert plan_factored(tile, aligned, 32) == FactoredPlan(tile, 8, 128)
+        assert plan_factored(tile, aligned, 64) == FactoredPlan(tile, 8, None)
         assert tile.rows * tile.cols == 16 * 8 * 32
     for tile in (HALF_WIDE, HALF_NARROW):
         for layout in (misaligned, strided):
-            assert plan_factored(tile, layout, 32, momentum=False) == FactoredPlan(tile, 16, None)
+            assert plan_factored(tile, layout, 32) == FactoredPlan(tile, 16, None)
         assert tile.rows * tile.cols == 4 * 16 * 32
 
 
