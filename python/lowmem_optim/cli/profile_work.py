@@ -83,4 +83,5 @@ def write_formula(path: Path, work: Work, names: list[str], steps: int) -> None:
 
 def _title(name: str, shapes: Shapes, dtype: torch.dtype) -> str:
     millions = parameter_count(shapes) / 1e6
-    return f"{name} over {millions:,.1f} M parameters in {len(shapes)} tensors, {str(dtype).removeprefix('torch.')}"
+    tensors = f"{len(shapes)} tensor{'s' * (len(shapes) > 1)}"
+    return f"{name} over {millions:,.1f} M parameters in {tensors}, {str(dtype).removeprefix('torch.')}"
