@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=5
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-verbs test test-spec test-interp test-compile test-optim test-gpu check format clean
+.PHONY: help setup train bench bench-verbs test test-spec test-interp test-compile test-optim test-gpu gpu-evidence check format clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -52,6 +52,9 @@ test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 2 minutes
 
 test-gpu: $(READY) ## kernels and optimizers on this machine's GPU
 	$(PYTEST) tests/gpu
+
+gpu-evidence: $(READY) ## all that is to be known on this machine's GPU, in one folder, in nine minutes (docs/gpu-evidence.md)
+	$(BIN)/python bench/gpu_evidence.py $(ARGS)
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

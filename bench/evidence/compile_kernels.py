@@ -1,7 +1,6 @@
-"""Compiles what later sections time, on all cores of the host: Triton keeps it on disk, and one after the other it takes
-minutes.
+"""Compiles what later sections time, on all cores of the host, into Triton's cache on disk.
 
-`gpu_evidence.py` runs this.
+`gpu_evidence.py` runs this. One after the other it would take minutes.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from typing import Annotated
 
 import torch
 import typer
-from sizes import BENCHED, SKIPPED
+from sizes import BENCHED
 
 from lowmem_kernels.testing.models import model_shapes
 from lowmem_optim.cli.contenders import make_tensors, ours, parameters
@@ -35,12 +34,8 @@ def first_step(model: str, name: str) -> str:
 
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the results; this writes none.")],
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Compile nothing.")] = False,
 ) -> None:
     """Take one step of each optimizer over one layer of each model."""
-    if dry_run:
-        print("nothing is compiled on a CPU")
-        raise typer.Exit(SKIPPED)
     work = list(product(BENCHED, [contender.name for contender in ours([], torch.bfloat16)]))
     workers = min(MOST_PROCESSES, os.cpu_count() or 1)
     # spawn: a process that has been forked cannot use the device

@@ -12,10 +12,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
 import typer
-from sizes import SKIPPED
+from skipping import skip
 
 REPO = Path(__file__).parent.parent.parent
 READER = REPO / "bench" / "nsight" / "kernel_bytes.py"
@@ -24,12 +24,6 @@ OPTIMIZERS = ("AdaLomo", "Adafactor", "TorchAdafactor", "CAME", "AdamW", "Lomo")
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum"
 #: Seconds for one optimizer, of which most go into starting ncu, and compiling.
 SECONDS = 60
-
-
-def skip(reason: str) -> NoReturn:
-    """Say why this cannot run here, and end."""
-    print(reason)
-    raise typer.Exit(SKIPPED)
 
 
 def ncu_command(ncu: str, name: str, out: Path) -> list[str]:

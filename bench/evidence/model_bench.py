@@ -6,8 +6,6 @@
 from __future__ import annotations
 
 import gc
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -64,7 +62,7 @@ def main(
     device, rounds, taken = DEVICES[dry_run], 2 if dry_run else 30, TINY if dry_run else model
     shapes = shapes_of(taken)
     count, around = parameter_count(shapes), environment(device.type)
-    command = shlex.join(["python", *sys.argv])
+    command = f"python bench/evidence/model_bench.py --model {model}{' --one-by-one' * one}"
     circumstances = {"model": taken, "layers": layers_of(taken), "tensors": len(shapes), "parameters": count}
     circumstances |= {"dtype": "bf16", "rounds": rounds, **around, "command": command}
     names = ["AdamW", "Lomo"] if dry_run else []

@@ -10,8 +10,6 @@ from lowmem_kernels.testing.models import MODELS, Architecture, Shapes, model_sh
 DEVICES = {False: torch.device("cuda"), True: torch.device("cpu")}
 #: Models over whose parameters optimizers are timed.
 BENCHED = ("gpt2", "llama-1b", "llama-7b")
-#: Exit code of a section that cannot run here, as in gpu_evidence.py; its last line says why.
-SKIPPED = 77
 #: A model of a few thousand parameters, which is not among those of `lowmem bench`.
 TINY = "tiny"
 
