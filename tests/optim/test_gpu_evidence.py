@@ -107,10 +107,10 @@ def test_a_traceback_is_in_the_log(script, tmp_path):
 def test_a_section_that_hangs_takes_its_processes_along(script, tmp_path):
     """A child that goes on would keep the device busy."""
     alive = tmp_path / "alive"
-    child = f"import time; time.sleep(4); open({str(alive)!r}, 'w')"
+    child = f"import time; time.sleep(2); open({str(alive)!r}, 'w')"
     parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    waits = f"import os, time; time.sleep(4); print(os.path.exists({str(alive)!r}))"
-    chosen = [*sections_that(script, parent, seconds=1.0), *sections_that(script, "", waits)[1:]]
+    waits = f"import os, time; time.sleep(2.5); print(os.path.exists({str(alive)!r}))"
+    chosen = [*sections_that(script, parent, seconds=0.7), *sections_that(script, "", waits)[1:]]
     outcomes = script("gpu_evidence.py").run_all(chosen, tmp_path, 60.0, print)
     assert [outcome.status for outcome in outcomes] == ["failed", "passed"]
     assert "False" in (tmp_path / "1.log").read_text()
