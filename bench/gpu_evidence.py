@@ -75,7 +75,7 @@ def sections(out: Path, dry_run: bool) -> list[Section]:
     tiny = ("--steps", "2", "--layers", "1", "-o", "Lomo") if dry_run else ()
     host = (sys.executable, str(REPO / "bench" / "host_cost.py"), "--out", str(out / "host_cost.json"), *tiny)
     found = [
-        Section("tests", "tests marked gpu, 10000 random launches of the ticket form", script("gpu_tests"), 250),
+        Section("tests", "tests marked gpu, 10000 random launches of the ticket form", script("gpu_tests"), 280),
         Section("ceilings", "copy, reads that hit L2, bf16 matrix product", script("ceilings"), 40),
         Section("compile", "kernels that are timed below, on all cores", script("compile_kernels"), 75),
         Section("orders", "one launch against one for each phase; orders of tickets", script("orders"), 75),

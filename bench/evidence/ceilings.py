@@ -37,17 +37,16 @@ def _read_kernel(x_ptr, sums_ptr, blocks, reads, stride, BLOCK: tl.constexpr):
     tl.store(sums_ptr + program, tl.sum(total))
 
 
-def read_blocks(x: Tensor, sums: Tensor, reads: int, programs: int) -> None:
-    """Read x, a multiple of BLOCK elements, ``reads`` times in one launch.
+def read_blocks(x: Tensor, sums: Tensor, blocks_each: int) -> None:
+    """Let as many programs as there are sums read so many blocks of x each, in one launch.
 
-    On a GPU, ``programs`` at a time: as many as it has places for, so that all pass over x together.
+    On a CPU a stand-in, which adds up as many elements of one block.
     """
-    blocks = x.numel() // BLOCK
+    blocks, programs = x.numel() // BLOCK, sums.numel()
     if x.device.type == "cpu":
-        sums[0] = sum(float(x.sum()) for _ in range(reads))
+        sums.copy_(sum(x[:BLOCK].sum() for _ in range(blocks_each)))
         return
-    launched = min(programs, blocks)
-    _read_kernel[(launched,)](x, sums, blocks, reads * -(-blocks // launched), launched, BLOCK=BLOCK, num_warps=8)
+    _read_kernel[(programs,)](x, sums, blocks, blocks_each, programs, BLOCK=BLOCK, num_warps=8)
 
 
 def median_seconds(step: Step, device: torch.device, rounds: int) -> float:
@@ -65,16 +64,14 @@ def copy_rate(device: torch.device, nbytes: int, rounds: int) -> float:
 
 def read_rate(device: torch.device, nbytes: int, rounds: int) -> float:
     """Return bytes read in a second out of so many that are read again and again."""
-    on_gpu = device.type == "cuda"
-    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
+    # as many programs as the device has places for, so that all pass over x together
+    programs = 4 * torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
     blocks = max(1, nbytes // 4 // BLOCK)
-    # whole rounds of all programs, so that each reads as many blocks
-    blocks = max(1, blocks // programs) * programs
-    x = torch.ones(blocks * BLOCK, device=device)
-    sums = torch.zeros(programs, device=device)
-    seconds = median_seconds(lambda: read_blocks(x, sums, READS, programs), device, rounds)
-    assert float(sums.sum()) == READS * x.numel()
-    return READS * x.nbytes / seconds
+    x, sums = torch.ones(blocks * BLOCK, device=device), torch.zeros(programs, device=device)
+    blocks_each = -(-READS * blocks // programs)
+    seconds = median_seconds(lambda: read_blocks(x, sums, blocks_each), device, rounds)
+    assert sums.tolist() == [blocks_each * BLOCK] * programs
+    return 4 * BLOCK * blocks_each * programs / seconds
 
 
 def matmul_rate(device: torch.device, size: int, rounds: int) -> float:

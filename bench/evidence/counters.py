@@ -23,7 +23,7 @@ PROFILE = REPO / "python" / "lowmem_optim" / "cli" / "profile.py"
 OPTIMIZERS = ("AdaLomo", "Adafactor", "TorchAdafactor", "CAME", "AdamW", "Lomo")
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum"
 #: Seconds for one optimizer, of which most go into starting ncu, and compiling.
-SECONDS = 60
+SECONDS, TIMED_OUT = 60, 124
 
 
 def ncu_command(ncu: str, name: str, out: Path) -> list[str]:
@@ -33,7 +33,7 @@ def ncu_command(ncu: str, name: str, out: Path) -> list[str]:
         *(ncu, "--profile-from-start", "off", "--nvtx", "--metrics", METRICS),
         # caches as the kernel before has left them, and the device's own clocks
         *("--cache-control", "none", "--clock-control", "none", "--print-units", "base"),
-        *("--page", "raw", "--csv", "--force-overwrite", "--log-file", str(out / f"ncu-{name}.csv")),
+        *("--page", "raw", "--csv", "--log-file", str(out / f"ncu-{name}.csv")),
         *(*lowmem, "profile", "--optimizer", name, "--model", "llama-7b", "--layers", "1", "--device", "cuda"),
         *("--formula", str(out / f"formula-{name}.json")),
     ]
@@ -42,9 +42,12 @@ def ncu_command(ncu: str, name: str, out: Path) -> list[str]:
 def run(command: list[str]) -> tuple[int, str]:
     """Run a command; returns its exit code and what it printed, which is printed here too."""
     print(f"$ {shlex.join(command)}", flush=True)
-    done = subprocess.run(
-        command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS, check=False
-    )
+    try:
+        done = subprocess.run(
+            command, cwd=REPO, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=SECONDS, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return TIMED_OUT, f"not done after {SECONDS} s"
     print(done.stdout, flush=True)
     return done.returncode, done.stdout
 
