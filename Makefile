@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=5
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-verbs test test-spec test-interp test-compile test-optim test-gpu gpu-evidence check format clean
+.PHONY: help setup train bench bench-verbs report test test-spec test-interp test-compile test-optim test-gpu gpu-evidence check format clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -34,6 +34,9 @@ bench: $(READY)  ## time optimizer steps against others', table and plot under r
 
 bench-verbs: $(READY) ## time single verbs with pytest-benchmark (ARGS="-k adamw" chooses)
 	$(BIN)/python -m pytest -q bench/verbs $(ARGS)
+
+report: $(READY) ## what can be known of the kernels without a GPU, into bench/static_report (budget: 6 minutes)
+	$(BIN)/python bench/static_report.py
 
 test: test-spec test-interp test-compile test-optim ## every tier that needs no GPU
 

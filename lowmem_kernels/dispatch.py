@@ -12,6 +12,7 @@ from types import ModuleType
 from torch import Tensor
 
 from .numerics import PARAM_DTYPES, name_of
+from .ranges import named
 
 BACKENDS = ("auto", "triton", "torch")
 
@@ -24,7 +25,8 @@ def implementation(family: str, backend: str, tensors: Sequence[Tensor]) -> Modu
     the tensors, with the reason.
     """
     chosen = choose(backend, tensors)
-    return importlib.import_module(f"{family}.{'launch' if chosen == 'triton' else 'reference'}")
+    module: ModuleType = named(importlib.import_module(f"{family}.{'launch' if chosen == 'triton' else 'reference'}"))
+    return module
 
 
 def choose(backend: str, tensors: Sequence[Tensor]) -> str:

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
+from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
 from ..table import Layout, counters, tables
 from .kernels import _adamw_kernel, _grad_stats_kernel, _scaled_update_kernel
-
-TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 #: Warps of every program: with fewer, long-latency loads are not covered; with more, the last block of a tensor wastes
 #: more lanes.
@@ -130,22 +128,12 @@ def _launch_update(
         plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         with launching_on(device):
             kernel[(table.tiles,)](
-                table.values, counters(table.rows, device), transform.skipped, transform.found_inf, table.rows,
-                scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                clip_value=None if transform.clip_value is None else float(transform.clip_value),
-                clip_coef=transform.clip_coef,
-                PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
-                ALIGNED=table.layout.aligned, STRIDED=table.layout.strided,
-                STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
-                TILE=plan.tile, BLOCK=plan.block, num_warps=plan.num_warps, enable_fp_fusion=False, **arguments,
+                table_ptr=table.values, counter_ptr=counters(table.rows, device), rows=table.rows,
+                TILE=plan.tile, BLOCK=plan.block, num_warps=plan.num_warps,
+                **update_arguments(params, grads, table.layout, transform, rounding), **arguments,
             )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)
-
-
-def device_scalar(value: float | Tensor) -> float | Tensor:
-    """A scalar on the device as it is; a number, or a tensor on the host, as a float: an int would be a new kernel."""
-    return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
 
 
 def _log(beta: float) -> float:

@@ -25,6 +25,7 @@ FIELDS = (
     # offsets in the scratch, with what lies there
     "new_row",  # matrices x n
     "new_col",  # matrices x m
+    "col_scale",  # matrices x m: 1 / sqrt(new C)
     "row_mean",  # matrices
     "partial",  # matrices x groups x 2 x m: sums of g² and of g²/R over the group's rows; shared, see tickets.py
     "row_sum",  # matrices x groups: sum of the new R
@@ -33,8 +34,9 @@ FIELDS = (
     "update_sum",  # sums of u²
     "floored",  # col_tickets: above 0 where the floor under V is felt, NaN where a sum is not finite
     "scalars",  # see SCALARS
-    "res_row",  # as new_row, new_col and row_mean, of CAME's residual
+    "res_row",  # as new_row, new_col, col_scale and row_mean, of CAME's residual
     "res_col",
+    "res_scale",
     "res_mean",
     # of a parameter or gradient that is not contiguous: (size, stride of p, stride of g) of the dimensions before the
     # last two, innermost first, from `dims` in the table on

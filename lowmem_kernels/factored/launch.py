@@ -12,8 +12,8 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
 from ..device import device_facts, launching_on
-from ..elementwise.launch import TRITON_DTYPES, device_scalar
 from ..options import GradTransform, Rounding
 from ..table import Layout, addresses, counters, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
@@ -35,19 +35,20 @@ class FactoredPlan:
     def options(self) -> dict[str, Any]:
         """Return the compiler's options."""
         bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "enable_fp_fusion": False, **bound}
+        return {"num_warps": self.num_warps, **bound}
 
 
-def plan_factored(tile: Shape, layout: Layout, warp_size: int, momentum: bool) -> FactoredPlan:
+def plan_factored(tile: Shape, layout: Layout, warp_size: int) -> FactoredPlan:
     """Return the plan of one launch. The tile may not depend on it, since the order of sums depends on the tile.
 
     Aligned: 16 elements for each thread of 8 warps. Left to itself the compiler takes 150 to 230 registers on sm_90, so
-    that a processor has one program; with 128 it has two, and nothing spills. With a momentum that would spill: 8
-    elements for each thread of 16 warps, 124 registers, the same number of warps. Otherwise see `schedule.tile_of`.
-    AMD's compiler has no bound on registers.
+    that a processor has one program; with 128 it has two, and what it saves in memory is nothing or a few numbers
+    outside the loops. 16 warps would need as many registers, and twice the instructions for sums over rows. Otherwise
+    see `schedule.tile_of`. AMD's compiler has no bound on registers.
     """
-    few = layout.aligned and not momentum
-    return FactoredPlan(tile, num_warps=8 if few else 16, maxnreg=128 if few and warp_size == 32 else None)
+    return FactoredPlan(
+        tile, num_warps=8 if layout.aligned else 16, maxnreg=128 if layout.aligned and warp_size == 32 else None
+    )
 
 
 def factored_update_(
@@ -131,7 +132,7 @@ def _launch(
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
     for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
-        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size, arguments.get("MOMENTUM", False))
+        plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size)
         table = uploaded(params, schedule, schedule.values)
         pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
         scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
@@ -139,17 +140,12 @@ def _launch(
         for tickets in schedule.launches:
             with launching_on(device):
                 kernel[(len(tickets),)](
-                    table, pointers, scratch, counts, transform.skipped, transform.found_inf,
-                    schedule.segments_start, schedule.rows_start, tickets.start, len(schedule.members),
-                    schedule.counters,
-                    scale=-1.0 if transform.maximize else 1.0, inv_scale=transform.inv_scale,
-                    clip_value=None if transform.clip_value is None else float(transform.clip_value),
-                    clip_coef=transform.clip_coef,
-                    PARAM=TRITON_DTYPES[params[0].dtype], GRAD=TRITON_DTYPES[grads[0].dtype],
+                    table_ptr=table, addresses_ptr=pointers, scratch_ptr=scratch, counters_ptr=counts,
+                    segments_start=schedule.segments_start, rows_start=schedule.rows_start,
+                    first_ticket=tickets.start, owners=len(schedule.members), counters=schedule.counters,
                     STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
-                    ALIGNED=schedule.layout.aligned, STRIDED=schedule.layout.strided,
-                    STOCHASTIC=rounding.stochastic, SKIP_NONFINITE=transform.skip_nonfinite,
-                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(), **arguments,
+                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(),
+                    **update_arguments(params, grads, schedule.layout, transform, rounding), **arguments,
                 )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)

@@ -180,6 +180,7 @@ class _Row:
         sizes = {
             "new_row": 0 if full else matrices * n,
             "new_col": 0 if full else matrices * m,
+            "col_scale": 0 if full else matrices * m,
             "row_mean": matrices,
             "row_sum": matrices * groups,
             "row_min": matrices * groups,
@@ -189,6 +190,7 @@ class _Row:
             "scalars": len(SCALARS),
             "res_row": matrices * n if residual and not full else 0,
             "res_col": matrices * m if residual and not full else 0,
+            "res_scale": matrices * m if residual and not full else 0,
             "res_mean": matrices if residual else 0,
         }
         self.numel = numel

@@ -9,8 +9,10 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +57,8 @@ class KernelReport:
     stack_bytes: private memory per thread.
     spills: instructions that access private memory (NVIDIA), or vector registers spilled (AMD).
     shared_bytes: shared memory per block that the kernel asks for.
-    occupancy: resident threads per multiprocessor over the most it can hold, in [0, 1]; 0 means that it cannot launch.
+    programs: resident blocks per multiprocessor; 0 means that it cannot launch.
+    occupancy: resident threads per multiprocessor over the most it can hold, in [0, 1].
     instructions: number of instructions, padding left out.
     loads, stores: global memory accesses by width in bits per thread, without bulk copies (TMA) and AMD's scalar loads.
     atomics: global atomic instructions.
@@ -65,6 +68,7 @@ class KernelReport:
     stack_bytes: int
     spills: int
     shared_bytes: int
+    programs: int
     occupancy: float
     instructions: int
     loads: Counter[int]
@@ -134,8 +138,10 @@ def inspect_kernel(compiled: CompiledKernel, target_name: str) -> KernelReport:
         raise ValueError(f"{compiled.name} was compiled for {compiled.metadata.target}, not for {target_name}")
     facts = _read_amd(compiled) if TARGETS[target_name].backend == "hip" else _read_nvidia(compiled)
     shared_bytes = compiled.metadata.shared
-    occupancy = _LIMITS[target_name].occupancy(facts["registers"], shared_bytes, compiled.metadata.num_warps)
-    return KernelReport(shared_bytes=shared_bytes, occupancy=occupancy, **facts)
+    limits, num_warps = _LIMITS[target_name], compiled.metadata.num_warps
+    programs = limits.programs(facts["registers"], shared_bytes, num_warps)
+    occupancy = programs * num_warps / (4 * limits.warps_per_partition)
+    return KernelReport(shared_bytes=shared_bytes, programs=programs, occupancy=occupancy, **facts)
 
 
 def narrow_offsets(compiled: CompiledKernel) -> list[NarrowOffset]:
@@ -145,7 +151,7 @@ def narrow_offsets(compiled: CompiledKernel) -> list[NarrowOffset]:
     in 32 bits before it was widened is not seen.
     """
     text = compiled.asm["ttir"]
-    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", text, re.MULTILINE))
+    line_of = source_lines(compiled)
     arguments = set(re.findall(r"%(\w+): ", "".join(re.findall(r"tt\.func .*", text))))
     # sibling regions reuse names, so the origin of a pointer is tracked in the order of the text
     origin: dict[str, str] = {}
@@ -159,18 +165,23 @@ def narrow_offsets(compiled: CompiledKernel) -> list[NarrowOffset]:
             root = origin.get(addition[1], addition[1])
             # the IR appends _<number> to the names of variables
             pointer = root if root in arguments else re.sub(r"_\d+$", "", root)
-            found.append(NarrowOffset(pointer, addition[2], _source_line(addition[3], locations)))
+            found.append(NarrowOffset(pointer, addition[2], line_of(addition[3])))
     return found
 
 
-def _source_line(location: str, locations: dict[str, str]) -> str:
-    """Follow `location` to the innermost "file.py:line" it stands for."""
-    while not (place := re.search(r'"([^"]+)":(\d+):\d+', location)):
-        alias = re.search(r"#loc\d*", location)
-        if alias is None:
-            return "unknown"
-        location = locations[alias[0]]
-    return f"{Path(place[1]).name}:{place[2]}"
+def source_lines(compiled: CompiledKernel) -> Callable[[str], str]:
+    """Return what follows a location in Triton's IR to the innermost "file.py:line" it stands for, or "unknown"."""
+    locations = dict(re.findall(r"^(#loc\d*) = loc\((.*)\)$", compiled.asm["ttir"], re.MULTILINE))
+
+    def line_of(location: str) -> str:
+        while not (place := re.search(r'"([^"]+)":(\d+):\d+', location)):
+            alias = re.search(r"#loc\d*", location)
+            if alias is None:
+                return "unknown"
+            location = locations[alias[0]]
+        return f"{Path(place[1]).name}:{place[2]}"
+
+    return line_of
 
 
 @dataclass(frozen=True)
@@ -182,12 +193,11 @@ class _Limits:
     reserved_bytes: int  # of shared memory, per block
     blocks: int = 32
 
-    def occupancy(self, registers: int, shared_bytes: int, num_warps: int) -> float:
+    def programs(self, registers: int, shared_bytes: int, num_warps: int) -> int:
         granted = max(8, -(-registers // 8) * 8)
         warps = 4 * min(self.warps_per_partition, 512 // granted)
         blocks_by_shared = self.shared_bytes // max(1, shared_bytes + self.reserved_bytes)
-        blocks = min(self.blocks, warps // num_warps, blocks_by_shared)
-        return blocks * num_warps / (4 * self.warps_per_partition)
+        return min(self.blocks, warps // num_warps, blocks_by_shared)
 
 
 _LIMITS = {
@@ -198,40 +208,72 @@ _LIMITS = {
 }
 
 
-def _read_nvidia(compiled: CompiledKernel) -> dict[str, Any]:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder) / "kernel.cubin"
-        cubin.write_bytes(compiled.asm["cubin"])
-        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", "-sass", str(cubin)]
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
-    opcodes = [opcode.split(".") for opcode in found if opcode != "NOP"]
+def nvidia_access(opcode: str) -> tuple[str, int] | None:
+    """Return ("load" or "store", bits per thread) of a global access in NVIDIA's machine code, None for others."""
+    name, *parts = opcode.split(".")
+    kinds = {"LDG": "load", "LDGSTS": "load", "LD": "load", "STG": "store", "ST": "store"}
     # the address size .E, cache hints and scopes are also parts of an opcode; one without a width moves 32 bits
     widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return (kinds[name], next((widths[part] for part in parts if part in widths), 32)) if name in kinds else None
 
-    def accesses(*names: str) -> Iterable[int]:
-        return (next((widths[p] for p in parts if p in widths), 32) for parts in opcodes if parts[0] in names)
 
+def amd_access(opcode: str) -> tuple[str, int] | None:
+    """Return ("load" or "store", bits per thread) of a global access in AMD's machine code, None for others."""
+    # ushort and sbyte name the extension of a load, _d16 and _hi the half of the register it goes to
+    pattern = r"(?:global|buffer|flat)_(load|store)_(?:lds_)?[us]?(dwordx\d|dword|short|byte)(?:_d16)?(?:_hi)?$"
+    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+    match = re.match(pattern, opcode)
+    return (match[1], widths[match[2]]) if match else None
+
+
+def by_kind(accesses: Counter[tuple[str, int]]) -> dict[str, Counter[int]]:
+    """Split counts of accesses into {"loads": by width, "stores": by width}."""
     return {
-        "registers": int(re.findall(r"\bREG:(\d+)", text)[0]),
-        "stack_bytes": int(re.findall(r"\bSTACK:(\d+)", text)[0]),
-        "spills": len(list(accesses("LDL", "STL"))),
+        f"{kind}s": Counter({bits: count for (k, bits), count in accesses.items() if k == kind})
+        for kind in ("load", "store")
+    }
+
+
+@lru_cache(maxsize=8)
+def disassembled(cubin: bytes) -> str:
+    """Return NVIDIA's listing of a binary, with line information; it takes seconds, so the last few are kept."""
+    with _as_file(cubin) as path:
+        return _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", path)
+
+
+@contextmanager
+def _as_file(cubin: bytes) -> Iterator[str]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        yield str(path)
+
+
+def _run(*command: str) -> str:
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _read_nvidia(compiled: CompiledKernel) -> dict[str, Any]:
+    with _as_file(compiled.asm["cubin"]) as path:
+        resources = _run(triton.knobs.nvidia.cuobjdump.path, "-res-usage", path)
+    text = disassembled(compiled.asm["cubin"])
+    found = re.findall(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][\w.]*)", text)
+    opcodes = [opcode for opcode in found if opcode != "NOP"]
+    accesses = Counter(access for opcode in opcodes if (access := nvidia_access(opcode)))
+    memory = [opcode.split(".")[0] for opcode in opcodes]
+    return {
+        "registers": int(re.findall(r"\bREG:(\d+)", resources)[0]),
+        "stack_bytes": int(re.findall(r"\bSTACK:(\d+)", resources)[0]),
+        "spills": sum(name in ("LDL", "STL") for name in memory),
         "instructions": len(opcodes),
-        "loads": Counter(accesses("LDG", "LDGSTS", "LD")),
-        "stores": Counter(accesses("STG", "ST")),
-        "atomics": len(list(accesses("ATOM", "ATOMG", "RED", "REDG"))),
+        **by_kind(accesses),
+        "atomics": sum(name in ("ATOM", "ATOMG", "RED", "REDG") for name in memory),
     }
 
 
 def _read_amd(compiled: CompiledKernel) -> dict[str, Any]:
     text = compiled.asm["amdgcn"]
     opcodes = [opcode for opcode in re.findall(r"^\t([a-z]\w+)", text, re.MULTILINE) if opcode != "s_nop"]
-    widths = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
-
-    def accesses(kind: str) -> Iterable[int]:
-        # ushort and sbyte name the extension of a load, _d16 and _hi the half of the register it goes to
-        pattern = rf"(?:global|buffer|flat)_{kind}_(?:lds_)?[us]?(dwordx\d|dword|short|byte)(?:_d16)?(?:_hi)?$"
-        return (widths[match[1]] for match in (re.match(pattern, opcode) for opcode in opcodes) if match)
 
     def metadata(key: str) -> int:
         return int(re.findall(rf"^\s*\.{key}:\s+(\d+)", text, re.MULTILINE)[0])
@@ -242,7 +284,6 @@ def _read_amd(compiled: CompiledKernel) -> dict[str, Any]:
         # spilled scalar registers go to lanes of vector registers, not to memory
         "spills": metadata("vgpr_spill_count"),
         "instructions": len(opcodes),
-        "loads": Counter(accesses("load")),
-        "stores": Counter(accesses("store")),
+        **by_kind(Counter(access for opcode in opcodes if (access := amd_access(opcode)))),
         "atomics": sum(bool(re.match(r"(global|buffer|flat)_atomic_", opcode)) for opcode in opcodes),
     }

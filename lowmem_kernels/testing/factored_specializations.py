@@ -71,9 +71,7 @@ def _case(
 ) -> CompileCase:
     layout = _LAYOUTS[layout_name]
     wide, narrow = (WIDE, NARROW) if layout.aligned else (HALF_WIDE, HALF_NARROW)
-    plan = plan_factored(
-        narrow if flags.get("narrow") else wide, layout, warp_size, momentum=flags.get("MOMENTUM", False)
-    )
+    plan = plan_factored(narrow if flags.get("narrow") else wide, layout, warp_size)
     constexprs = {
         "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": _DTYPES[state],
         "ALIGNED": layout.aligned, "STRIDED": layout.strided, "STOCHASTIC": False, "SKIP_NONFINITE": True,
@@ -87,5 +85,5 @@ def _case(
         signature=present,
         constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
         divisible_by_16=tuple(argument for argument, kind in present.items() if kind.startswith("*")),
-        options=plan.options(),
+        options={**plan.options(), "enable_fp_fusion": False},
     )

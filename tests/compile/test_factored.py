@@ -5,6 +5,7 @@ from functools import cache
 
 import pytest
 
+from lowmem_kernels.factored.fields import SLAB
 from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
 
@@ -53,15 +54,16 @@ def tiles_accessed(case: CompileCase) -> tuple[list[int], list[int]]:
 @every_case
 def test_fits_in_registers(target, name):
     report = inspected(target, name)
-    if target in ("sm_80", "sm_100") or CASES[target, name].constexprs["STRIDED"]:
-        # tiles and the bound of 128 registers were chosen for sm_90: with Triton 3.6.0 CAME in fp32 saves 56 bytes on
-        # sm_100. And NVIDIA's 64-bit division, which strided layouts need for stacks of matrices, has a stack frame
+    if CASES[target, name].constexprs["STRIDED"]:
+        # NVIDIA's 64-bit division, which strided layouts need for stacks of matrices, has a stack frame
         assert report.stack_bytes <= 64, report
+    elif target == "sm_80" or name.startswith("came") or CASES[target, name].constexprs["MOMENTUM"]:
+        # a few numbers that do not fit into 128 registers, depending on target and Triton's version
+        assert report.stack_bytes <= 48, report
     else:
         assert not report.spilled, report
-    # two programs of eight warps, or one of sixteen, have 32 KB in flight; with the momentum one program of eight
-    momentum = CASES[target, name].constexprs.get("MOMENTUM", False)
-    assert report.occupancy >= (0.125 if momentum or target == "gfx942" else 0.25), report
+    # two programs of eight warps, or one of sixteen, have 32 KB in flight
+    assert report.occupancy >= (0.125 if target == "gfx942" else 0.25), report
 
 
 @every_case
@@ -88,7 +90,7 @@ def test_bulk_accesses_are_16_bytes(target, name):
 def test_addresses_are_64_bits(target, name):
     """Tensors beyond 2**31 elements: what a row or a matrix adds to an address has 64 bits, only lanes have 32."""
     case = CASES[target, name]
-    lanes = {f"tensor<{case.constexprs[axis]}xi32>" for axis in ("BLOCK_ROWS", "BLOCK_COLS")} | {"tensor<128xi32>"}
+    lanes = {f"tensor<{case.constexprs[axis]}xi32>" for axis in ("BLOCK_ROWS", "BLOCK_COLS")} | {f"tensor<{SLAB}xi32>"}
     for offset in narrow_offsets(compiled(target, name)):
         if offset.pointer == "pointer":  # a tensor's address, read from the table
             assert offset.offset_type in lanes, offset

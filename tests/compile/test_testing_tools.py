@@ -156,6 +156,7 @@ def test_occupancy_by_shared_memory(target_name: str, kibibytes: int) -> None:
     for shared, blocks in ((two_fit, 2), (two_fit + 1, 1)):
         report = inspect_kernel(_pretend(compiled, shared=shared), target_name)
         assert report.shared_bytes == shared
+        assert report.programs == blocks
         assert report.occupancy == blocks * 8 / warps
 
 

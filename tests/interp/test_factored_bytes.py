@@ -57,12 +57,13 @@ def assert_scratch(traffic, shape, came):
     n, m, blocks, groups, slabs = cut(shape)
     # the columns' sums of two kinds, added up in memory over the blocks of a group
     sums_written, sums_read = 2 * m * blocks, 2 * m * (blocks - groups) + 2 * m * groups
-    written = n + m + sums_written
-    # of the factors, rows once and columns for each block of rows
-    read = sums_read + n + m * blocks
-    if came:  # sums of one kind more; of R and C once more, and they and those of the residual in the last look
-        written += n + m + m * blocks
-        read += m * blocks + n + m * blocks + n + m * blocks
+    # R, C and 1/sqrt(C)
+    written = n + 2 * m + sums_written
+    # rows once, columns' factors for each block of rows, and C for the state
+    read = sums_read + n + m * blocks + m
+    if came:  # sums of one kind more; Rs, Cs and its factor; and in the last look those, R and C
+        written += n + 2 * m + m * blocks
+        read += m * blocks + n + m * blocks + n + m
     few = 4 * (groups + slabs) * (8 + groups) * (2 if came else 1)
     assert 4 * written <= traffic.written["scratch"] <= 4 * written + few
     assert 4 * read <= traffic.read["scratch"] <= 4 * read + few

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from triton.runtime.interpreter import InterpreterBuilder
 
-from lowmem_kernels.testing.bytecount import count_bytes
+from lowmem_kernels.testing.bytecount import Access, count_bytes, dram_bytes
 from lowmem_kernels.testing.interpreter import install_round_to_nearest
 
 WRAPPED = ("create_masked_load", "create_masked_store", "create_atomic_rmw", "create_atomic_cas")
@@ -229,3 +229,40 @@ def test_roots_of_subnormals_are_those_of_zero(x: float, roots: list[float]) -> 
     y = torch.full((2,), torch.nan)
     _roots_kernel[(1,)](y, x)
     assert y.tolist() == roots
+
+
+def access(lines, writes=False, name="x"):
+    return Access(launch=0, program=0, writes=writes, name=name, lines=np.array(lines, dtype=np.uint64))
+
+
+def test_a_cache_forgets_the_line_least_recently_used():
+    trace = [access([1, 2]), access([1]), access([3]), access([1]), access([2])]
+    # two lines: 3 takes the place of 2, and 2 that of 3
+    assert dram_bytes(trace, 2 * 128) == ({"x": 4 * 128}, {})
+    assert dram_bytes(trace, 3 * 128) == ({"x": 3 * 128}, {})
+    assert dram_bytes(trace, 0) == ({"x": 6 * 128}, {})
+
+
+def test_a_cache_writes_what_it_forgets_and_what_is_left():
+    trace = [access([1], writes=True, name="y"), access([1], name="y"), access([2]), access([1], True, "y")]
+    # line 1 need not be read before it is written, and goes to memory each time it is forgotten
+    assert dram_bytes(trace, 128) == ({"x": 128}, {"y": 2 * 128})
+    assert dram_bytes(trace, 2 * 128) == ({"x": 128}, {"y": 128})
+
+
+def test_a_trace_has_every_access_in_order():
+    x, y = torch.arange(256, dtype=torch.float32), torch.zeros(256)
+    with count_bytes({"x": x, "y": y}) as traffic:
+        for _ in range(2):
+            _copy_kernel[(2,)](x, y, 256, 1, BLOCK=128)
+    order = [(entry.launch, entry.program, entry.writes, entry.name, len(entry.lines)) for entry in traffic.trace]
+    # 128 elements are four lines, or five where the tensor does not start with one
+    assert [entry[:4] for entry in order] == [
+        (launch, program, writes, name)
+        for launch in range(2)
+        for program in range(2)
+        for writes, name in ((False, "x"), (True, "y"))
+    ]
+    assert all(entry[4] in (4, 5) for entry in order)
+    lines = {int(line) for entry in traffic.trace for line in entry.lines if entry.name == "x"}
+    assert lines == traffic.lines_read["x"]

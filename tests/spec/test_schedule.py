@@ -61,6 +61,7 @@ def sizes_of(row, residual):
     return {
         "new_row": factored * matrices * n,
         "new_col": factored * matrices * m,
+        "col_scale": factored * matrices * m,
         "row_mean": factored * matrices,
         "partial": factored * groups * 2 * m,
         "row_sum": groups,
@@ -71,6 +72,7 @@ def sizes_of(row, residual):
         "scalars": len(SCALARS),
         "res_row": factored * residual * matrices * n,
         "res_col": factored * residual * matrices * m,
+        "res_scale": factored * residual * matrices * m,
         "res_mean": factored * residual * matrices,
     }
 

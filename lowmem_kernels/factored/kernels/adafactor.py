@@ -8,6 +8,7 @@ from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, ta
 from .constants import (
     APPLY,
     COL_COLUMN,
+    COL_SCALE,
     COLUMNS_SIZE,
     DECAY,
     EXP_AVG_COLUMN,
@@ -33,7 +34,7 @@ from .constants import (
     UPDATE_SUM,
 )
 from .look import end_step, finish, finish_columns, floor_tile, look_or_columns
-from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, weight_of
+from .moment import col_scales, factored_scale, full_moment, keep_columns, load_gradient, row_scales, weight_of
 from .walk import (
     address,
     by_fours,
@@ -76,6 +77,8 @@ def _apply_tile(
         start = e.to(tl.int64) * size
         e_p_ptr = matrix(at, p_ptr, e, size, 0, STRIDED)
         e_g_ptr = matrix(at, g_ptr, e, size, 1, STRIDED)
+        if (first_row == 0) & (full == 0):
+            keep_columns(at, e, m, col_ptr, NEW_COL, BLOCK_COLS)
         for row in range(first_row, end_row, BLOCK_ROWS):
             row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
             if full == 0:
@@ -93,8 +96,7 @@ def _apply_tile(
                     v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, EPS_FLOOR)
                     tl.store(row_ptr + index, v, mask=mask)
                 else:
-                    c, col_scale = col_scales(at, e, cols, m, NEW_COL, EPS_FLOOR)
-                    tl.store(col_ptr + e.to(tl.int64) * m + cols, c, mask=(cols < m) & (row == 0))
+                    col_scale = col_scales(at, e, cols, m, COL_SCALE)
                     scale = factored_scale(row_scale, col_scale, eps, EPS_FLOOR)
                 update = step_size * (g * scale)
                 row_starts = start + rows.to(tl.int64)[:, None] * m

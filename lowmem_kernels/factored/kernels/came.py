@@ -8,6 +8,7 @@ from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, ta
 from .constants import (
     APPLY,
     COL_COLUMN,
+    COL_SCALE,
     COLUMNS_SIZE,
     EXP_AVG_COLUMN,
     FIELDS_SIZE,
@@ -26,6 +27,7 @@ from .constants import (
     RES_MEAN,
     RES_ROW,
     RES_ROW_COLUMN,
+    RES_SCALE,
     RESIDUAL,
     RESIDUAL_COLUMNS,
     ROW_COLUMN,
@@ -40,7 +42,15 @@ from .constants import (
     N,
 )
 from .look import end_step, finish_columns, look_or_columns
-from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales
+from .moment import (
+    col_scales,
+    factored_scale,
+    full_moment,
+    keep_columns,
+    load_gradient,
+    row_scales,
+    safe_rsqrt,
+)
 from .walk import (
     address,
     by_fours,
@@ -95,7 +105,7 @@ def _residual_tile(
                     v, scale = full_moment(tl.load(row_ptr + index, mask=mask, other=1.0), g, moments, False)
                     tl.store(row_ptr + index, v, mask=mask)
                 else:
-                    _c, col_scale = col_scales(at, e, cols, m, NEW_COL, False)
+                    col_scale = col_scales(at, e, cols, m, COL_SCALE)
                     scale = factored_scale(row_scale, col_scale, 0.0, False)
                 u = clip * (g * scale)
                 old_m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
@@ -138,7 +148,9 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
             cols = col + tl.arange(0, SLAB)
             sum_s, _none = sum_groups(partial_ptr, groups, cols, m, False)
             old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
-            tl.store(scratch(at, RES_COL) + e * m + cols, lerp(old_c, sum_s / n + eps2, weight3), mask=cols < m)
+            c = lerp(old_c, sum_s / n + eps2, weight3)
+            tl.store(scratch(at, RES_COL) + e * m + cols, c, mask=cols < m)
+            tl.store(scratch(at, RES_SCALE) + e * m + cols, safe_rsqrt(c, False), mask=cols < m)
 
 
 @triton.jit
@@ -160,7 +172,9 @@ def _confident_tile(
         start = e.to(tl.int64) * size
         e_ptr = matrix(at, p_ptr, e, size, 0, STRIDED)
         e_n = e.to(tl.int64) * n
-        e_m = e.to(tl.int64) * m
+        if (first_row == 0) & (full == 0):
+            keep_columns(at, e, m, col_ptr, NEW_COL, BLOCK_COLS)
+            keep_columns(at, e, m, res_col_ptr, RES_COL, BLOCK_COLS)
         for row in range(first_row, end_row, BLOCK_ROWS):
             row_scale = tl.full((BLOCK_ROWS,), 1.0, tl.float32)
             if full == 0:
@@ -178,11 +192,7 @@ def _confident_tile(
                 m_ptrs = m_ptr + start + index
                 update = tl.load(m_ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
                 if full == 0:
-                    cs, col_scale = col_scales(at, e, cols, m, RES_COL, False)
-                    c = tl.load(scratch(at, NEW_COL) + e_m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
-                    first_row_only = (cols < m) & (row == 0)
-                    tl.store(res_col_ptr + e_m + cols, cs, mask=first_row_only)
-                    tl.store(col_ptr + e_m + cols, c, mask=first_row_only)
+                    col_scale = col_scales(at, e, cols, m, RES_SCALE)
                     update *= factored_scale(row_scale, col_scale, 0.0, False)
                 row_starts = start + rows.to(tl.int64)[:, None] * m
                 new_p = rounded(p - (lr * update + decay * p), key, row_starts, cols[None, :], PARAM, STOCHASTIC)

@@ -6,6 +6,7 @@ import triton.language as tl
 from ...fragments import count_skipped, is_finite, lerp
 from .constants import (
     COL_COLUMN,
+    COL_SCALE,
     COL_TICKETS,
     DECAY,
     FELT,
@@ -37,7 +38,7 @@ from .constants import (
     M,
     N,
 )
-from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales
+from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, safe_rsqrt
 from .walk import (
     address,
     by_fours,
@@ -166,7 +167,7 @@ def look_factored_tile(
 
 @triton.jit
 def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
-    """A slab of columns, or some small matrices. Writes the new C, mean(R), and the slab's share of the sum of u².
+    """A slab of columns, or some small matrices. Writes the new C and its 1/sqrt, mean(R), and the share of sum u².
 
     sum_ij u² = mean(R) sum_j (sum_i g²/R_i) / C_j
     """
@@ -199,6 +200,7 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
             else:
                 c = lerp(old_c, sum_q / n + eps, weight)
             tl.store(scratch(at, NEW_COL) + e * m + cols, c, mask=cols < m)
+            tl.store(scratch(at, COL_SCALE) + e * m + cols, safe_rsqrt(c, EPS_FLOOR), mask=cols < m)
             share = tl.where((cols < m) & (c > 0.0), mean_r * weighted / c, 0.0)
             # sums of g² may be Inf where g is not, and then u is 0
             poison = tl.sum(0.0 * c) + 0.0 * mean_r
@@ -229,7 +231,7 @@ def floor_tile(
             _r, row_scale = row_scales(at, e, row + tl.arange(0, BLOCK_ROWS), NEW_ROW, ROW_MEAN, True)
             for col in range(0, m, BLOCK_COLS):
                 rows, cols, mask = tile(row, col, width, BLOCK_ROWS, BLOCK_COLS)
-                _c, col_scale = col_scales(at, e, cols, m, NEW_COL, True)
+                col_scale = col_scales(at, e, cols, m, COL_SCALE)
                 g_ptrs = e_ptr + offsets(at, rows, cols, m, 1, STRIDED)
                 g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
                 u = g * factored_scale(row_scale, col_scale, eps, True)

@@ -61,7 +61,7 @@ def factored_scale(row_scale, col_scale, eps, EPS_FLOOR: tl.constexpr):
 
 @triton.jit
 def row_scales(at, e, rows, NEW: tl.constexpr, MEAN: tl.constexpr, EPS_FLOOR: tl.constexpr):
-    """sqrt(mean(R) / R) of the rows of matrix e, from the new R in the scratch (left there by another launch)."""
+    """(R, sqrt(mean(R) / R)) of the rows of matrix e, from the new R in the scratch."""
     n = field32(at, N)
     r = tl.load(scratch(at, NEW) + e.to(tl.int64) * n + rows, mask=rows < n, other=0.0, cache_modifier=".cg")
     mean = tl.load(scratch(at, MEAN) + e, cache_modifier=".cg")
@@ -69,7 +69,16 @@ def row_scales(at, e, rows, NEW: tl.constexpr, MEAN: tl.constexpr, EPS_FLOOR: tl
 
 
 @triton.jit
-def col_scales(at, e, cols, m, NEW: tl.constexpr, EPS_FLOOR: tl.constexpr):
-    """1 / sqrt(C) of columns of matrix e, from the new C in the scratch."""
-    c = tl.load(scratch(at, NEW) + e.to(tl.int64) * m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
-    return c, safe_rsqrt(c, EPS_FLOOR)
+def col_scales(at, e, cols, m, SCALE: tl.constexpr):
+    """1 / sqrt(C) of columns of matrix e, as the column phase left it in the scratch."""
+    return tl.load(scratch(at, SCALE) + e.to(tl.int64) * m + cols, mask=cols < m, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def keep_columns(at, e, m, col_ptr, NEW: tl.constexpr, BLOCK_COLS: tl.constexpr):
+    """Write the new C of matrix e, of which the scratch has a copy, into the state."""
+    for col in range(0, m, BLOCK_COLS):
+        cols = col + tl.arange(0, BLOCK_COLS)
+        places = e.to(tl.int64) * m + cols
+        c = tl.load(scratch(at, NEW) + places, mask=cols < m, other=0.0, cache_modifier=".cg")
+        tl.store(col_ptr + places, c, mask=cols < m)
