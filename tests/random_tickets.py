@@ -41,7 +41,7 @@ class RandomBucket:
                 if moment is not None:
                     moment.zero_()
             for grad in bucket.grads:
-                grad.mul_(1e-5)
+                grad.mul_(1e-4)  # roots of V are then about as large as the floor
         return bucket
 
     def run(self, bucket: Bucket, monkeypatch, order: Order, steps: int) -> None:
