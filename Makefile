@@ -9,7 +9,7 @@ PYTEST := $(BIN)/python -m pytest -q --durations=5
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-verbs report test test-spec test-interp test-compile test-optim test-gpu check format clean
+.PHONY: help setup train bench bench-verbs report test test-spec test-interp test-compile test-optim test-gpu gpu-evidence check format clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -48,13 +48,16 @@ test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
 
 test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 5 minutes)
 	$(PYTEST) tests/compile -n 2 --dist loadgroup
-	PYTHONPATH=$(OLDEST) $(PYTEST) tests/compile/test_elementwise.py tests/compile/test_factored.py -n 2 --dist loadgroup
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(addprefix tests/compile/test_,elementwise.py factored.py tickets.py) -n 2 --dist loadgroup
 
 test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 2 minutes)
 	$(PYTEST) tests/optim -n 2
 
 test-gpu: $(READY) ## kernels and optimizers on this machine's GPU
 	$(PYTEST) tests/gpu
+
+gpu-evidence: $(READY) ## all that is to be known on this machine's GPU, in one folder, in nine minutes (docs/gpu-evidence.md)
+	$(BIN)/python bench/gpu_evidence.py $(ARGS)
 
 check: $(READY)  ## format, lint and types
 	$(BIN)/ruff format --check .

@@ -17,14 +17,16 @@ def test_host_time_launches_and_rates(tmp_path):
     with (tmp_path / "llama-60m-bf16.csv").open(newline="") as file:
         lines = {line["contender"]: line for line in csv.DictReader(file)}
     assert {"AdamW", "AdamW, to nearest", "CAME", "CAME, to nearest", "torch.AdamW(fused)"} <= lines.keys()
-    for name, line in lines.items():
+    timed = {name: line for name, line in lines.items() if not line["left_out"]}
+    for name, line in timed.items():
         assert float(line["host_us"]) > 0
         assert int(line["launches"]) > 0 or name == "copy"  # which the driver does
         assert int(line["extra_bytes"]) >= 0
     # the kernels' own launches, and few on top: step counters and what is uploaded
     assert int(lines["AdamW"]["launches"]) <= 3
     assert int(lines["CAME"]["launches"]) <= 10
-    assert int(lines["came_pytorch.CAME"]["launches"]) > 100
+    if "came_pytorch.CAME" in timed:  # where it is installed
+        assert int(lines["came_pytorch.CAME"]["launches"]) > 100
     assert 10 < float(lines["AdamW"]["percent_of_copy"]) < 120
 
 
