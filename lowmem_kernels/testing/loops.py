@@ -65,7 +65,7 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     bulk = _bulk_lines(compiled, shape)
     code, labels = _parse(compiled.asm["amdgcn"] if amd else disassembled(compiled.asm["cubin"]), amd)
     access = amd_access if amd else nvidia_access
-    paths = {Path(path).name: path for path, _ in _FILE_AND_LINE.findall(compiled.asm["ttir"])}
+    paths = _source_files(case, compiled)
     bulk_accesses = {
         i: accessed
         for i, instruction in enumerate(code)
@@ -79,6 +79,22 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     if not found:
         raise ValueError(f"{case.name}: no loop with a load or store of a tile of {shape}")
     return found
+
+
+def _source_files(case: CompileCase, compiled: CompiledKernel) -> dict[str, Path]:
+    """The source files of a kernel by their names.
+
+    Triton keeps compiled code by what the source says, so the paths in it may be those of another checkout.
+    """
+    recorded = {Path(path).name: Path(path) for path, _ in _FILE_AND_LINE.findall(compiled.asm["ttir"])}
+    own = Path(case.kernel.fn.__code__.co_filename)
+    here, there = own.parts, recorded[own.name].parts
+    same = next((i for i, (a, b) in enumerate(zip(here[::-1], there[::-1], strict=False)) if a != b), len(here))
+    root, other_root = Path(*here[: len(here) - same]), Path(*there[: len(there) - same])
+    return {
+        name: root / path.relative_to(other_root) if path.is_relative_to(other_root) else path
+        for name, path in recorded.items()
+    }
 
 
 def _bulk_lines(compiled: CompiledKernel, shape: list[int]) -> set[str]:
@@ -177,7 +193,7 @@ def _amd_instruction(text: str, line: str) -> _Instruction | None:
     return _Instruction(opcode, line, target and target[0], opcode not in ("s_branch", "s_endpgm", "s_setpc_b64"))
 
 
-def _name(lines: Iterable[str], paths: dict[str, str]) -> str | None:
+def _name(lines: Iterable[str], paths: dict[str, Path]) -> str | None:
     """Which loop of the source most of these lines are in; None if none of them is in one over tiles."""
     votes: Counter[str] = Counter()
     for line in lines:
@@ -187,17 +203,17 @@ def _name(lines: Iterable[str], paths: dict[str, str]) -> str | None:
     return min(votes, key=lambda name: (-votes[name], name)) if votes else None
 
 
-def _source_loop(path: str, line: int) -> str | None:
+def _source_loop(path: Path, line: int) -> str | None:
     """The innermost loop over tiles of a source file that a line is in."""
     inside = [(end - start, name) for start, end, name in _source_loops(path) if start <= line <= end]
     return min(inside)[1] if inside else None
 
 
 @cache
-def _source_loops(path: str) -> list[tuple[int, int, str]]:
+def _source_loops(path: Path) -> list[tuple[int, int, str]]:
     """(first line, last line, name) of the loops in a source file's functions that take the size of a tile."""
     found = []
-    for function in ast.walk(ast.parse(Path(path).read_text(encoding="utf-8"))):
+    for function in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(function, ast.FunctionDef) and any(arg.arg.startswith("BLOCK") for arg in function.args.args):
             loops = sorted(
                 (node.lineno, node.end_lineno or node.lineno)
