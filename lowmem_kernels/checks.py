@@ -67,10 +67,15 @@ def check_params(params: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
 
 def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
     """Raise as `check_list` unless every parameter has a gradient of its shape, as those that autograd made have."""
-    if isinstance(grads, Gradients) and len(grads) == len(params):
+    # what somebody may have done to them through `.data` shows in size or device
+    if isinstance(grads, Gradients) and remembered([params], "places", lambda: _places(params)) == _places(grads):
         return
     shapes = remembered([params], "shapes", lambda: [p.shape for p in params])
     check_list("grads", grads, shapes, params[0].device, PARAM_DTYPES, contiguous=False)
+
+
+def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
+    return [t.numel() for t in tensors], [t.get_device() for t in tensors]
 
 
 def state_dtypes(params: Sequence[Tensor]) -> tuple[torch.dtype, ...]:

@@ -28,7 +28,7 @@ class Tensors(tuple[Any, ...]):
 
 
 class Gradients(list[Tensor]):
-    """What autograd has left in ``.grad`` of a list of parameters, so that shapes and devices fit, of known dtype."""
+    """What autograd has left in ``.grad`` of a list of parameters, so that shapes fit, of known dtype and layout."""
 
 
 def remembered(lists: Sequence[Sequence[Tensor | None] | None], what: Hashable, find: Callable[[], T]) -> T:

@@ -29,7 +29,7 @@ class Bucket:
         self.grads = Gradients()
         self.transform = GradTransform()
         self._uids = tuple([state["uid"] for state in self.states])
-        self._lists: dict[str, Tensors] = {}
+        self._lists: dict[str, tuple[Tensors, list[int]]] = {}
         self._kept: dict[str, Any] = {}
 
     @property
@@ -42,11 +42,13 @@ class Bucket:
         now = [state.get(key) for state in self.states]
         if otherwise:
             now = [state.get(otherwise) if t is None else t for state, t in zip(self.states, now, strict=True)]
-        known = self._lists.get(key)
-        # states are dictionaries that anyone may write to
-        if known is None or not all(map(is_, known, now)):
-            known = self._lists[key] = Tensors(now)
-        return known
+        where = [0 if tensor is None else tensor.data_ptr() for tensor in now]
+        tensors, addresses = self._lists.get(key, (None, None))
+        # anyone may put other tensors into a state, or give a tensor other memory through `.data`
+        if tensors is None or addresses != where or not all(map(is_, tensors, now)):
+            tensors = Tensors(now)
+            self._lists[key] = tensors, where
+        return tensors
 
     def kept(self, what: str, make: Callable[[Tensors], T]) -> T:
         """Return what ``make`` makes of the parameters, once for as long as the bucket lives."""
