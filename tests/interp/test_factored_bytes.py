@@ -77,9 +77,14 @@ def assert_whole_lines(traffic, name, nbytes):
 
 
 @pytest.mark.parametrize(
-    ("shape", "precision"), [*((shape, BF16) for shape in SHAPES), (SHAPES[3], FP32), (SHAPES[3], BF16_FP32)], ids=str
+    ("shape", "precision", "momentum"),
+    [
+        *((shape, BF16, False) for shape in SHAPES),
+        *((shape, BF16, True) for shape in SHAPES[1:]),
+        *((SHAPES[3], precision, momentum) for precision in (FP32, BF16_FP32) for momentum in (False, True)),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("momentum", [False, True])
 def test_adafactor(shape, precision, momentum, monkeypatch):
     rule = replace(UNSCALED, beta1=0.9 if momentum else None)
     traffic = requested(monkeypatch, Case("case", shape), precision, rule)
