@@ -75,7 +75,7 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
 
 
 def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:
-    return [t.numel() for t in tensors], [t.get_device() for t in tensors]
+    return [*map(Tensor.numel, tensors)], [*map(Tensor.get_device, tensors)]
 
 
 def state_dtypes(params: Sequence[Tensor]) -> tuple[torch.dtype, ...]:

@@ -127,7 +127,7 @@ def addresses(columns: Sequence[Sequence[Tensor | None] | None]) -> np.ndarray:
     first, grads, *others = columns
     kept = remembered([first, *others], "addresses", lambda: np.stack([_column(c, count) for c in columns], axis=1))
     now = kept.copy()
-    now[:, 1] = _column(grads, count)
+    now[:, 1] = [*map(Tensor.data_ptr, grads)]  # type: ignore[arg-type]
     return now
 
 
@@ -150,7 +150,7 @@ def strides_of(params: Sequence[Tensor], grads: Sequence[Tensor]) -> tuple[Strid
         return all([p.is_contiguous() for p in params]), (None,) * len(params)
 
     contiguous, nothing = remembered([params], "contiguous", usual)
-    if contiguous and all([g.is_contiguous() for g in grads]):
+    if contiguous and all(map(Tensor.is_contiguous, grads)):
         return nothing
     return tuple(
         [

@@ -101,7 +101,7 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
     """As `lowmem_kernels.elementwise.grad_stats`: one launch for each layout that occurs."""
     device = grads[0].device
     results = []
-    for table in tables((grads, grads), [0] * len(grads), plan_tile(sum(g.numel() for g in grads))):
+    for table in tables((grads, grads), [0] * len(grads), plan_tile(sum(map(Tensor.numel, grads)))):
         plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         partial = torch.empty(2 * STATS_PROGRAMS, dtype=torch.float32, device=device)
         results.append(torch.empty(2, dtype=torch.float32, device=device))
@@ -123,7 +123,7 @@ def _launch_update(
     if not params:
         return
     device = params[0].device
-    tile = plan_tile(sum(p.numel() for p in params))
+    tile = plan_tile(sum(map(Tensor.numel, params)))
     for table in tables(columns[:-1], rounding.keys(len(params)), tile, scalars=columns[-1:]):
         plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         with launching_on(device):

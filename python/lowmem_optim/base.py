@@ -112,7 +112,7 @@ class LowMemOptimizer(Optimizer):
         objects = [*params, *self.param_groups, *self.state.values()]
         facts = (
             [len(group["params"]) for group in self.param_groups],
-            [param.data_ptr() for param in params],
+            [*map(Tensor.data_ptr, params)],
             [param.dtype for param in params],
             [None if grad is None else grad.dtype for grad in grads],
             [None if grad is None else grad.layout for grad in grads],
@@ -125,6 +125,7 @@ class LowMemOptimizer(Optimizer):
             known = self._known = _Known(objects, facts, buckets, places)
         for bucket, where in zip(known.buckets, known.places, strict=True):
             bucket.grads = Gradients([grads[i] for i in where])
+            bucket.notice()
         return known.buckets
 
     def _make_buckets(self) -> tuple[list[Bucket], list[list[int]]]:

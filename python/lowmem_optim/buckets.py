@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import chain
 from operator import is_
 from typing import Any, TypeVar
 
@@ -29,7 +30,10 @@ class Bucket:
         self.grads = Gradients()
         self.transform = GradTransform()
         self._uids = tuple([state["uid"] for state in self.states])
-        self._lists: dict[str, tuple[Tensors, list[int]]] = {}
+        self._values: list[Any] = []
+        self._tensors: list[Tensor] = []
+        self._addresses: list[int] = []
+        self._lists: dict[str, Tensors] = {}
         self._kept: dict[str, Any] = {}
 
     @property
@@ -37,18 +41,22 @@ class Bucket:
         """The device of all tensors in the bucket."""
         return self.params[0].device
 
+    def notice(self) -> None:
+        """Forget the lists of state if any of it is new or has other memory: anyone may write to it, or to `.data`."""
+        values = [*chain.from_iterable(map(dict.values, self.states))]
+        # in C, since this is done in every step for every tensor
+        same = len(values) == len(self._values) and all(map(is_, values, self._values))
+        if not same or [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+            self._values = values
+            self._tensors = [value for value in values if isinstance(value, Tensor)]
+            self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+            self._lists = {}
+
     def state(self, key: str, otherwise: str = "") -> Tensors:
         """Of each state the tensor of this name, or where it has none of the other name, or None."""
-        now = [state.get(key) for state in self.states]
-        if otherwise:
-            now = [state.get(otherwise) if t is None else t for state, t in zip(self.states, now, strict=True)]
-        where = [0 if tensor is None else tensor.data_ptr() for tensor in now]
-        tensors, addresses = self._lists.get(key, (None, None))
-        # anyone may put other tensors into a state, or give a tensor other memory through `.data`
-        if tensors is None or addresses != where or not all(map(is_, tensors, now)):
-            tensors = Tensors(now)
-            self._lists[key] = tensors, where
-        return tensors
+        if key not in self._lists:
+            self._lists[key] = Tensors([state.get(key, state.get(otherwise)) for state in self.states])
+        return self._lists[key]
 
     def kept(self, what: str, make: Callable[[Tensors], T]) -> T:
         """Return what ``make`` makes of the parameters, once for as long as the bucket lives."""

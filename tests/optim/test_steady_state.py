@@ -179,8 +179,8 @@ def calls_in(function):
 
 
 @every_optimizer
-def test_host_work_for_each_parameter_is_a_few_lookups(make):
-    """Under 20 calls for each parameter of a step, also where gradients are in new places; and one launch."""
+def test_python_calls_nothing_for_each_parameter(make):
+    """What has to be looked up of each is, in loops in C; also where gradients are in new places. And one launch."""
     counts = {}
     with fake_driver() as gpu:
         for count in (6, 60, 291):
@@ -196,5 +196,4 @@ def test_host_work_for_each_parameter_is_a_few_lookups(make):
             counts[count] = calls_in(optimizer.step)
             assert gpu.count_launches() == launches + 1
             del old
-    assert (counts[291] - counts[60]) / (291 - 60) < 20
-    assert (counts[60] - counts[6]) / (60 - 6) < 20
+    assert counts[291] == counts[60] == counts[6]
