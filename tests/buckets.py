@@ -1,11 +1,12 @@
 """A bucket of tensors, as an optimizer hands it to a verb. The same arguments make equal buckets."""
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lowmem_kernels import Rounding
+from lowmem_kernels import Rounding, table
 from lowmem_kernels.elementwise import adamw_, scaled_update_
 from lowmem_kernels.testing import SHAPES, Precision, assert_same_bits, make_tensors
 
@@ -86,6 +87,21 @@ def assert_same_buckets(actual, expected):
     for name, column, other in zip(NAMES, actual, expected, strict=True):
         for i, (a, b) in enumerate(zip(column, other, strict=True)):
             assert_same_bits(a, b, f"{name}[{i}]")
+
+
+@contextmanager
+def counters_at_zero(monkeypatch, launch):
+    """Every launch by a family's module ``launch`` finds the counters at zero and leaves them so."""
+    used = []
+
+    def remembered(rows, device):
+        used.append(table.counters(rows, device))
+        assert not used[-1].any()
+        return used[-1]
+
+    monkeypatch.setattr(launch, "counters", remembered)
+    yield
+    assert not any(buffer.any() for buffer in used)
 
 
 def fenced(tensor, poison):

@@ -171,4 +171,5 @@ def _schedules(
     return remembered([params], ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order), make)
 
 
+# for plain lists, of which nothing is remembered
 _schedules_of = lru_cache(maxsize=64)(schedules_of)

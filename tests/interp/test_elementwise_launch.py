@@ -6,8 +6,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import InterpretedFunction
 
-from buckets import FP32, NAMES, VARIED, Bucket, assert_same_buckets, fenced, make_bucket
-from lowmem_kernels import GradTransform, Rounding, table
+from buckets import FP32, NAMES, VARIED, Bucket, assert_same_buckets, counters_at_zero, fenced, make_bucket
+from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.elementwise import grad_stats, launch
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits, bytes_moved, make_tensors
 from lowmem_kernels.testing.bytecount import count_bytes
@@ -18,17 +18,8 @@ VERBS = ["adamw", "scaled_update"]
 
 @pytest.fixture(autouse=True)
 def _counters_are_zero_after_each_launch(monkeypatch):
-    """Every launch finds the counters at zero and leaves them so."""
-    used = []
-
-    def remembered(rows, device):
-        used.append(table.counters(rows, device))
-        assert not used[-1].any()
-        return used[-1]
-
-    monkeypatch.setattr(launch, "counters", remembered)
-    yield
-    assert not any(buffer.any() for buffer in used)
+    with counters_at_zero(monkeypatch, launch):
+        yield
 
 
 @pytest.mark.parametrize("precision", [FP32, BF16_SR], ids=str)

@@ -5,9 +5,9 @@ import torch
 from triton.runtime.interpreter import InterpretedFunction
 
 import parity
-from buckets import FP32, fenced
+from buckets import FP32, counters_at_zero, fenced
 from factored_buckets import DIALECTS, NAMES, assert_same_buckets, make_bucket
-from lowmem_kernels import GradTransform, table
+from lowmem_kernels import GradTransform
 from lowmem_kernels.factored import launch, schedule
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits
 from races import no_races
@@ -38,17 +38,8 @@ EVERY_KERNEL = ["external", "torch", "came"]
 
 @pytest.fixture(autouse=True)
 def _counters_are_zero_after_each_launch(monkeypatch):
-    """Every launch finds the counters at zero and leaves them so."""
-    used = []
-
-    def remembered(rows, device):
-        used.append(table.counters(rows, device))
-        assert not used[-1].any()
-        return used[-1]
-
-    monkeypatch.setattr(launch, "counters", remembered)
-    yield
-    assert not any(buffer.any() for buffer in used)
+    with counters_at_zero(monkeypatch, launch):
+        yield
 
 
 @pytest.fixture

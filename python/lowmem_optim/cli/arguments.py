@@ -1,6 +1,6 @@
 """What the commands share: options in panels of the help, errors that name an option, folders for results."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,16 @@ import typer
 def option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
     """An option in a panel of the help; `default` is what to show where the default is not a plain value."""
     return typer.Option(*flags, help=help, rich_help_panel=panel, show_default=default, **settings)
+
+
+def model_option(panel: str, defaults: Mapping[str, str]) -> Any:
+    """The option that names a model of `lowmem_kernels.testing.models`; `defaults` are those on "cpu" and on "cuda"."""
+    return option(
+        panel,
+        "Whose parameters: gpt2, llama-60m, llama-350m, llama-1b, llama-7b, llama-3-8b, mixtral-8x7b.",
+        metavar="NAME",
+        default=f"{defaults['cpu']} on a CPU, {defaults['cuda']} on a GPU",
+    )
 
 
 @contextmanager

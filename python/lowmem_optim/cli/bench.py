@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowmem_optim.cli.arguments import blaming, make_folder, option
+from lowmem_optim.cli.arguments import blaming, make_folder, model_option, option
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.bench_rows import Row, Workload
@@ -31,15 +31,7 @@ def bench_command(
             default="all",
         ),
     ] = None,
-    model: Annotated[
-        str | None,
-        option(
-            WORK,
-            "Whose parameters: gpt2, llama-60m, llama-350m, llama-1b, llama-7b, llama-3-8b, mixtral-8x7b.",
-            metavar="NAME",
-            default=f"{DEFAULT_MODEL['cpu']} on a CPU, {DEFAULT_MODEL['cuda']} on a GPU",
-        ),
-    ] = None,
+    model: Annotated[str | None, model_option(WORK, DEFAULT_MODEL)] = None,
     layers: Annotated[
         int | None,
         option(

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from lowmem_optim.cli.arguments import blaming, make_folder, option
+from lowmem_optim.cli.arguments import blaming, make_folder, model_option, option
 
 if TYPE_CHECKING:
     import torch
@@ -51,15 +51,7 @@ def profile_command(
         str | None,
         option(WORK, "A single verb instead of an optimizer, as in 'came' or 'adafactor, momentum'.", default=False),
     ] = None,
-    model: Annotated[
-        str | None,
-        option(
-            WORK,
-            "Whose parameters: gpt2, llama-60m, llama-350m, llama-1b, llama-7b, llama-3-8b, mixtral-8x7b.",
-            metavar="NAME",
-            default=f"{DEFAULT_MODEL['cpu']} on a CPU, {DEFAULT_MODEL['cuda']} on a GPU",
-        ),
-    ] = None,
+    model: Annotated[str | None, model_option(WORK, DEFAULT_MODEL)] = None,
     layers: Annotated[
         int | None,
         option(WORK, "Only the first N layers.", metavar="N", default=f"all; without --model {DEFAULT_LAYERS}"),
