@@ -58,7 +58,7 @@ def write_record(out: Path, command: str, figures: object) -> None:
         "command": command,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "machine": platform.machine(),
+        "machine": f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "figures": figures,
     }
     out.parent.mkdir(parents=True, exist_ok=True)

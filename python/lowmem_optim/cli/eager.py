@@ -1,0 +1,64 @@
+"""Multi-normalizing rules as one would write them from their papers: what `lowmem bench` compares ours with.
+
+Matrices only, one after the other, in the gradient's dtype where ports keep it there; other parameters get torch's AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from math import sqrt
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+SMALLEST = 1e-8  # what ports bound norms by
+
+
+class EagerOptimizer(Optimizer):
+    """``p -= lr scale X`` for matrices, with X of their gradient by ``normalize``; AdamW for all else."""
+
+    def __init__(
+        self, params: Iterable[nn.Parameter], normalize: Callable[[Tensor], Tensor], lr: float = 0.02, scale: float = 0.05
+    ) -> None:
+        super().__init__(params, {"lr": lr, "scale": scale})
+        self.normalize = normalize
+        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
+        self.others = torch.optim.AdamW(others, lr=lr * scale, fused=True) if others else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Update all parameters once."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim == 2 and param.grad is not None:
+                    param.sub_(self.normalize(param.grad), alpha=group["lr"] * group["scale"])
+        if self.others is not None:
+            self.others.step()
+
+
+def sinkhorn(grad: Tensor, iterations: int = 5) -> Tensor:
+    """SinkGD's X (arXiv 2502.06742, algorithm 3)."""
+    n, m = grad.shape
+    x = grad
+    for _ in range(iterations):
+        x = x * (sqrt(m) / x.norm(dim=1, keepdim=True).clamp(min=SMALLEST))
+        x = x * (sqrt(n) / x.norm(dim=0, keepdim=True).clamp(min=SMALLEST))
+    return x
+
+
+def whitened(grad: Tensor, iterations: int = 10, beta: float = 0.8) -> Tensor:
+    """SWAN's X (arXiv 2412.13148): rows standardized, then whitened by Newton and Schulz's iteration, in float32."""
+    x = grad.float()
+    x = (x - x.mean(1, keepdim=True)) / x.std(1, keepdim=True, correction=0).clamp(min=SMALLEST)
+    y = x @ x.mT
+    y = y / y.norm()
+    z = torch.eye(len(y), dtype=y.dtype, device=y.device)
+    three = 3 * z
+    for _ in range(iterations):
+        t = three - z @ y
+        y = beta * y @ t
+        z = beta * t @ z
+    d = z @ x
+    return (d * (sqrt(d.numel()) / d.norm())).to(grad.dtype)
