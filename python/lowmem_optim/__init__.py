@@ -8,6 +8,7 @@ from .adalomo import AdaLomo
 from .adamw import AdamW
 from .came import CAME
 from .lomo import Lomo
+from .roles import split_params
 from .torch_adafactor import TorchAdafactor
 
-__all__ = ["CAME", "AdaLomo", "Adafactor", "AdamW", "Lomo", "TorchAdafactor"]
+__all__ = ["CAME", "AdaLomo", "Adafactor", "AdamW", "Lomo", "TorchAdafactor", "split_params"]

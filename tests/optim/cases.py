@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
 from optim.tensors import LAYOUTS
 
@@ -97,6 +98,12 @@ class OptimizerCase:
     def options_at(self, position: int) -> dict[str, Any]:
         """The options that `make_groups` gives to the parameter at a position."""
         return {**self.options, **(self.other_options if position % 2 else {})}
+
+
+def exported() -> dict[str, type[LowMemOptimizer]]:
+    """The optimizers of the package, by name."""
+    items = {name: getattr(lowmem_optim, name) for name in lowmem_optim.__all__}
+    return {k: v for k, v in items.items() if isinstance(v, type) and issubclass(v, LowMemOptimizer)}
 
 
 def discover() -> list[OptimizerCase]:

@@ -7,6 +7,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 import lowmem_optim
 from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
+from optim.cases import exported
 
 
 class Clipping(torch.optim.SGD):
@@ -94,7 +95,7 @@ def test_build_gives_each_optimizer_only_what_it_takes():
 
 
 def test_every_optimizer_of_this_package_takes_the_commands_schedule():
-    for name in lowmem_optim.__all__:
+    for name in exported():
         choice = find(name)
         optimizer = choice.build(nn.Linear(2, 2), lr=choice.learning_rate, options={})
         LambdaLR(optimizer, lambda step: 0.5)
