@@ -45,8 +45,18 @@ COMMON_DEFAULTS: CommonOptions = {
     "backend": "auto",
 }
 
-#: Keys that torch, its schedulers and Lightning put into groups; never taken for a misspelling of an option.
-FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"}
+#: Keys that torch, its schedulers, Lightning and timm put into groups; never taken for a misspelling of an option.
+FOREIGN_KEYS = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+    "min_lr",
+    "max_lr",
+    "base_momentum",
+    "max_momentum",
+    "lr_scale",
+}
 
 
 def check_names(names: Iterable[str], known: Iterable[str], *, unknown_is_error: bool) -> None:
