@@ -1,4 +1,4 @@
-"""The oracle of multi-normalizing rules with their fallbacks, in float64 NumPy: literal, a scaled X at every half-step."""
+"""The oracle of multi-normalizing rules and their fallbacks: float64 NumPy with a scaled X at every half-step."""
 
 import numpy as np
 import torch

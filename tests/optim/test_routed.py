@@ -340,7 +340,7 @@ def test_wrong_values_are_refused(name, value):
 
 
 def test_a_fallback_lr_needs_an_lr():
-    with pytest.raises(ValueError, match="^lr is 0.0; allowed: > 0, since fallback_lr goes with it"):
+    with pytest.raises(ValueError, match=r"^lr is 0\.0; allowed: > 0, since fallback_lr goes with it"):
         MatrixDescent(make_params(names=("matrix",)), lr=0.0, fallback_lr=1e-3)
 
 
