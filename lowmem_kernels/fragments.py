@@ -150,6 +150,13 @@ def transformed(grad, gradient, SKIP_NONFINITE: tl.constexpr):
 
 
 @triton.jit
+def load_gradient(pointers, mask, gradient, SKIP_NONFINITE: tl.constexpr):
+    """The gradient as options.GradTransform says; NaN where it may not be used, so that every sum shows it."""
+    g, usable = transformed(tl.load(pointers, mask=mask, other=0.0), gradient, SKIP_NONFINITE)
+    return tl.where(usable, g, float("nan"))
+
+
+@triton.jit
 def lerp(x, y, weight):
     """x + weight (y - x), and y for the weight 1, where a small y would vanish in y - x."""
     x = tl.where(weight == 1.0, 0.0, x)

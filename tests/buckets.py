@@ -91,7 +91,7 @@ def assert_same_buckets(actual, expected):
 
 @contextmanager
 def counters_at_zero(monkeypatch, launch):
-    """Every launch by a family's module ``launch`` finds the counters at zero and leaves them so."""
+    """Every launch by the module ``launch`` finds the counters at zero and leaves them so."""
     used = []
 
     def remembered(rows, device):

@@ -13,15 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
-from ..device import device_facts, launching_on
+from ..device import device_facts
 from ..options import GradTransform, Rounding
-from ..table import Layout, addresses, counters, starts_aligned, strides_of, uploaded
+from ..schedules import Shape, geometries_of, launch_schedule
+from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
 from ..tickets import Order, plan_order
 from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import Schedule, Shape, geometries_of, schedules_of
+from .schedule import FactoredSchedule, schedules_of
 
 
 @dataclass(frozen=True)
@@ -133,20 +134,12 @@ def _launch(
     aligned = starts_aligned(where[:, _TILED])
     for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
         plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size)
-        table = uploaded(params, schedule, schedule.values)
-        pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
-        scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
-        counts = counters(schedule.counters, device)
-        for tickets in schedule.launches:
-            with launching_on(device):
-                kernel[(len(tickets),)](
-                    table_ptr=table, addresses_ptr=pointers, scratch_ptr=scratch, counters_ptr=counts,
-                    segments_start=schedule.segments_start, rows_start=schedule.rows_start,
-                    first_ticket=tickets.start, owners=len(schedule.members), counters=schedule.counters,
-                    STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
-                    BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(),
-                    **update_arguments(params, grads, schedule.layout, transform, rounding), **arguments,
-                )  # fmt: skip
+        launch_schedule(
+            kernel, schedule, params, where, torch.empty(schedule.scratch, dtype=torch.float32, device=device),
+            STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
+            BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(),
+            **update_arguments(params, grads, schedule.layout, transform, rounding), **arguments,
+        )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)
 
@@ -162,10 +155,10 @@ def _schedules(
     keys: tuple[int, ...],
     phases: tuple[str, ...],
     order: Order,
-) -> tuple[Schedule, ...]:
+) -> tuple[FactoredSchedule, ...]:
     strides, itemsize = strides_of(params, grads), grads[0].itemsize
 
-    def make() -> tuple[Schedule, ...]:
+    def make() -> tuple[FactoredSchedule, ...]:
         return _schedules_of(geometries_of(params, strides), tuple(aligned.tolist()), keys, phases, itemsize, order)
 
     return remembered([params], ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order), make)

@@ -1,20 +1,15 @@
-"""Which parameter is cut into which tickets, and where its scratch lies: a pure function of shapes and strides.
-
-How a parameter is cut, and so the order of its sums, depends on its own shape only, never on what else is in the list.
-"""
+"""Which parameter is cut into which tickets, and where its scratch lies: a pure function of shapes and strides."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
-from ..table import Layout, Strides, collapse
-from ..tickets import SLOTS, Order, Stage, bundles_of, ticket_list
+from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vectors
+from ..table import Layout, collapse
+from ..tickets import Order, Stage
 from .fields import FIELDS, PHASES, SCALARS, SLAB
 
 #: Groups of rows of a parameter at most. A group is one tile's rows while there are no more than this, so 4096 rows are
@@ -22,19 +17,8 @@ from .fields import FIELDS, PHASES, SCALARS, SLAB
 #: own column sums, of which a slab's reader has 8 bytes for each column and group, 128 KB. Computed, not measured.
 MAX_GROUPS = 512
 
-#: Tiles that a ticket of small matrices has at most, so that a stack of thousands (convolutions) has not as many
-#: programs, each of which does nothing but find its place.
-SMALL_TILES = 16
-
 #: Bytes of column sums of a bundle, unless a single parameter needs more: the scratch has two slots of that size.
 SCRATCH_BYTES = 32 * 2**20
-
-
-class Shape(NamedTuple):
-    """A tile's rows and columns."""
-
-    rows: int
-    cols: int
 
 
 #: Tiles of 4096 elements: of 8 warps, each thread has 16 elements, two 16-byte accesses of bfloat16 for each tensor.
@@ -42,35 +26,12 @@ WIDE, NARROW = Shape(16, 256), Shape(128, 32)
 HALF_WIDE, HALF_NARROW = Shape(8, 256), Shape(64, 32)
 
 
-class Geometry(NamedTuple):
-    """What the schedule depends on: a parameter's shape, and where it or its gradient is not contiguous the strides."""
-
-    shape: tuple[int, ...]
-    strides: tuple[tuple[int, ...], tuple[int, ...]] | None
-
-
 @dataclass(frozen=True, eq=False)
-class Schedule:
-    """Parameters that are worked off together: which of the list, in what tiles, and what may be assumed of them.
+class FactoredSchedule(Schedule):
+    """Parameters of one launch, in what tiles they are cut, and what may be assumed of them."""
 
-    ``values`` is the table for the kernels: tickets, segments from ``segments_start`` on, and rows of FIELDS from
-    ``rows_start`` on. ``launches`` are ranges of tickets; ``scratch`` counts float32 elements.
-    """
-
-    members: np.ndarray
     tile: Shape
     layout: Layout
-    values: np.ndarray
-    segments_start: int
-    rows_start: int
-    launches: tuple[range, ...]
-    counters: int
-    scratch: int
-
-
-def geometries_of(params: Sequence[Tensor], strides: Sequence[Strides | None]) -> tuple[Geometry, ...]:
-    """Return the geometries of parameters, with the strides of `table.strides_of`."""
-    return tuple([Geometry(tuple(p.shape), s and s[1:]) for p, s in zip(params, strides, strict=True)])
 
 
 def schedules_of(
@@ -80,7 +41,7 @@ def schedules_of(
     phases: Sequence[str],
     itemsize: int,
     order: Order,
-) -> tuple[Schedule, ...]:
+) -> tuple[FactoredSchedule, ...]:
     """Return the schedules of a list of parameters: one for each tile and layout that occurs.
 
     Args:
@@ -95,12 +56,14 @@ def schedules_of(
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
         layout = layout_of(geometry, starts_aligned)
         kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
+    # the last phase that needs the partial sums
+    frees = PHASES.index("residual_columns" if "residual" in phases else "columns")
     schedules = []
     for (tile, layout), members in kinds.items():
-        rows = [_Row(geometries[i], tile, "residual" in phases) for i in members]
-        schedules.append(
-            _schedule(np.array(members), tile, layout, rows, [keys[i] for i in members], phases, itemsize, order)
-        )
+        rows = [_Row(geometries[i], tile, phases) for i in members]
+        member_keys = [keys[i] for i in members]
+        schedule = schedule_of(members, rows, member_keys, itemsize, frees, order, SCRATCH_BYTES)
+        schedules.append(FactoredSchedule(**vars(schedule), tile=tile, layout=layout))
     return tuple(schedules)
 
 
@@ -121,45 +84,12 @@ def tile_of(geometry: Geometry, layout: Layout) -> Shape:
     return narrow if len(shape) >= 2 and shape[-1] <= 2 * narrow.cols else wide
 
 
-def _schedule(
-    members: np.ndarray,
-    tile: Shape,
-    layout: Layout,
-    rows: Sequence[_Row],
-    keys: Sequence[int],
-    phases: Sequence[str],
-    itemsize: int,
-    order: Order,
-) -> Schedule:
-    bundles = bundles_of(
-        [row.numel * itemsize for row in rows], [4 * row.partial for row in rows], order, SCRATCH_BYTES
-    )
-    # the last phase that needs the partial sums
-    frees = PHASES.index("residual_columns" if "residual" in phases else "columns")
-    tickets = ticket_list([row.stages(phases) for row in rows], bundles, frees, order)
-    slot = max(sum(rows[k].partial for k in bundle) for bundle in bundles)
-    scratch = SLOTS * slot
-    rows_start = len(tickets.values)
-    dims_start = rows_start + len(rows) * len(FIELDS)
-    values, dims = list[int](), list[int]()
-    for b, bundle in enumerate(bundles):
-        partial = b % SLOTS * slot
-        for k in bundle:
-            values += rows[k].values(keys[k], scratch, partial, dims_start + len(dims))
-            dims += rows[k].dims
-            scratch += rows[k].scratch
-            partial += rows[k].partial
-    return Schedule(
-        members, tile, layout, np.concatenate([tickets.values, np.array(values + dims, dtype=np.int64)]),
-        tickets.segments_start, rows_start, tickets.launches, tickets.counters, scratch,
-    )  # fmt: skip
-
-
 class _Row:
     """One parameter's fields."""
 
-    def __init__(self, geometry: Geometry, tile: Shape, residual: bool) -> None:
-        shape = geometry.shape
+    def __init__(self, geometry: Geometry, tile: Shape, phases: Sequence[str]) -> None:
+        shape, residual = geometry.shape, "residual" in phases
+        self._phases = phases
         numel = torch.Size(shape).numel()
         full = len(shape) < 2 or numel == 0
         if full:
@@ -194,12 +124,12 @@ class _Row:
             "res_mean": matrices if residual else 0,
         }
         self.numel = numel
-        self.partial = 0 if full else _vectors(matrices * groups * 2 * m)
+        self.partial = 0 if full else vectors(matrices * groups * 2 * m)
         self._full = full
-        self._offsets, self.scratch = {}, 0
+        self._offsets, self.scratch = dict[str, int](), 0
         for name, size in sizes.items():
             self._offsets[name] = self.scratch
-            self.scratch += _vectors(size)
+            self.scratch += vectors(size)
         self.dims, strides = _strides(geometry, m, full)
         self._fields = {
             "full": int(full),
@@ -220,11 +150,12 @@ class _Row:
             **strides,
         }
 
-    def stages(self, phases: Sequence[str]) -> list[Stage]:
+    def stages(self) -> list[Stage]:
         """The parameter's share of each phase. Backwards go those that look again at what the one before has read."""
+        again = "residual" if "residual" in self._phases else "apply"
         return [
-            Stage(PHASES.index(phase), tickets, phase == "residual" or (phase == "apply" and "residual" not in phases))
-            for phase in phases
+            Stage(PHASES.index(phase), tickets, phase == again)
+            for phase in self._phases
             if (tickets := self._tickets_in(phase))
         ]
 
@@ -242,11 +173,6 @@ class _Row:
         offsets = {name: scratch + offset for name, offset in self._offsets.items()}
         fields = {"key": key, "dims": dims, "partial": partial, **self._fields, **offsets}
         return [fields[name] for name in FIELDS]
-
-
-def _vectors(size: int) -> int:
-    """``size`` elements, rounded up so that what follows them starts at a multiple of 16 bytes."""
-    return -(-size // 4) * 4
 
 
 def _strides(geometry: Geometry, m: int, full: bool) -> tuple[list[int], dict[str, int]]:

@@ -104,8 +104,8 @@ def sinkhorn_scales(
     Returns s, float32 of shape [..., n] for gradients [..., n, m], and t, of shape [..., m]. With ``conv`` they are [n]
     and [all other dimensions]; for fewer than two dimensions [1] and [m].
 
-    Traffic: with elements of e bytes, ``("row", "col") * L`` reads L e bytes for each element, and a last "row" or "col"
-    without its partner e more.
+    Traffic: with elements of e bytes, ``("row", "col") * L`` reads L e bytes for each element, and a last "row" or
+    "col" without its partner e more.
 
     Raises: as `sinkhorn_update_`.
 

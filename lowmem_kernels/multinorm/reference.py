@@ -13,10 +13,7 @@ from ..blocks import Scratch, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .checks import vector_shapes
-from .rule import NormRule, Sweep, keeps_elements, steps_of, sweeps_of
-
-#: Sums of squares below it, the smallest normal number, count as zero: GPUs take what is smaller for zero.
-TINY = 2.0**-126
+from .rule import TINY, NormRule, Sweep, keeps_elements, steps_of, sweeps_of
 
 
 @torch.no_grad()
@@ -35,17 +32,17 @@ def sinkhorn_update_(
     """As `lowmem_kernels.multinorm.sinkhorn_update_`."""
     if _found_inf(transform):
         return
-    lr = float(lr)
+    lr, keeps = float(lr), keeps_elements(rule)
     for i, key in enumerate(rounding.keys(len(params))):
         param, exp_avg = params[i], None if exp_avgs is None else exp_avgs[i]
         x = _X(grads[i], rule, transform, exp_avg)
         rows, cols, finite = x.scales()
-        if transform.skip_nonfinite and not keeps_elements(rule) and not finite:
+        if transform.skip_nonfinite and not keeps and not finite:
             if transform.skipped is not None:
                 transform.skipped.add_(1)
             continue
         step = int(steps[i].add_(1))
-        update = _Update(rows, cols, lr * rule.scale, lr * weight_decay, transform, rounding.stochastic)
+        update = _Update(rows, cols, lr * rule.scale, lr * weight_decay, keeps, transform, rounding.stochastic)
         update.run(param, x, exp_avg, (stream_key(key, step, 0), stream_key(key, step, 1)))
 
 
@@ -91,7 +88,7 @@ def rank1_apply_(
         offsets = None
         if row_offsets is not None and col_offsets is not None:
             offsets = x.row_vector(row_offsets[i]), x.col_vector(col_offsets[i])
-        update = _Update(rows, cols, lr, lr * weight_decay, transform, rounding.stochastic, offsets)
+        update = _Update(rows, cols, lr, lr * weight_decay, True, transform, rounding.stochastic, offsets)
         update.run(params[i], x, None, (stream_key(key, step, 0), 0))
 
 
@@ -186,12 +183,13 @@ class _Update:
         cols: Tensor,
         rate: float,
         decay: float,
+        keeps: bool,
         transform: GradTransform,
         stochastic: bool,
         offsets: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.rows, self.cols, self.offsets = rows, cols, offsets
-        self.rate, self.decay = rate, decay
+        self.rate, self.decay, self.keeps = rate, decay, keeps
         self.transform, self.stochastic = transform, stochastic
 
     def run(self, param: Tensor, x: _X, exp_avg: Tensor | None, keys: tuple[int, int]) -> None:
@@ -222,7 +220,7 @@ class _Update:
 
     def _usable(self, new: Tensor) -> Tensor | None:
         """Which elements may be written; None: all of them."""
-        if not self.transform.skip_nonfinite or sum_is_finite(new):
+        if not (self.keeps and self.transform.skip_nonfinite) or sum_is_finite(new):
             return None
         usable = new.isfinite()
         if self.transform.skipped is not None:

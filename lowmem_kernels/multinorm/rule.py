@@ -1,4 +1,4 @@
-"""Multi-normalization as data: which norms follow each other, and how the half-steps are cut into reads of the gradient."""
+"""Multi-normalization as data: which norms follow each other, and into which reads of the gradient they are cut."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 NORMS = ("row", "col", "sign", "frobenius")
+
+#: Sums of squares below it, the smallest normal number, count as zero: GPUs take what is smaller for zero.
+TINY = 2.0**-126
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ def steps_of(norms: tuple[str, ...]) -> Steps:
 
 
 def keeps_elements(rule: NormRule) -> bool:
-    """Say whether a NaN stops only what it reaches: a rule of a single norm over lines or elements, without sums of all."""
+    """Say whether a NaN stops only what it reaches: a single norm of lines or elements has no sum over all of them."""
     steps = steps_of(rule.norms)
     return len(steps.half) + steps.sign <= 1 and not steps.frobenius and not rule.row_threshold
 

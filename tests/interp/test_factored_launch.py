@@ -7,7 +7,7 @@ from triton.runtime.interpreter import InterpretedFunction
 import parity
 from buckets import FP32, counters_at_zero, fenced
 from factored_buckets import DIALECTS, NAMES, assert_same_buckets, make_bucket
-from lowmem_kernels import GradTransform
+from lowmem_kernels import GradTransform, schedules
 from lowmem_kernels.factored import launch, schedule
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits
 from races import no_races
@@ -38,7 +38,7 @@ EVERY_KERNEL = ["external", "torch", "came"]
 
 @pytest.fixture(autouse=True)
 def _counters_are_zero_after_each_launch(monkeypatch):
-    with counters_at_zero(monkeypatch, launch):
+    with counters_at_zero(monkeypatch, schedules):
         yield
 
 

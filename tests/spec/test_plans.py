@@ -10,12 +10,12 @@ from lowmem_kernels.factored.schedule import (
     HALF_WIDE,
     NARROW,
     WIDE,
-    Geometry,
-    Schedule,
+    FactoredSchedule,
     layout_of,
     schedules_of,
     tile_of,
 )
+from lowmem_kernels.schedules import Geometry
 from lowmem_kernels.table import Layout
 from lowmem_kernels.testing.models import model_shapes
 from lowmem_kernels.tickets import SEGMENT, plan_order
@@ -25,7 +25,7 @@ SLOTS = 2 * HOPPER.sm_count
 ADAFACTOR = ("look", "columns", "apply")
 
 
-def schedule_of(*shapes: tuple[int, ...]) -> Schedule:
+def schedule_of(*shapes: tuple[int, ...]) -> FactoredSchedule:
     """The schedule of bfloat16 gradients on an H100, if there is one for all of them."""
     geometries = [Geometry(shape, None) for shape in shapes]
     count = len(shapes)
@@ -33,13 +33,13 @@ def schedule_of(*shapes: tuple[int, ...]) -> Schedule:
     return found
 
 
-def phases_of(found: Schedule) -> list[int]:
+def phases_of(found: FactoredSchedule) -> list[int]:
     """The phase of every ticket, in their order."""
     segments = found.values[found.segments_start : found.rows_start].reshape(-1, len(SEGMENT))
     return [int(segments[word >> 32][SEGMENT.index("phase")]) for word in found.values[: found.segments_start].tolist()]
 
 
-def rows_of(found: Schedule) -> list[dict[str, int]]:
+def rows_of(found: FactoredSchedule) -> list[dict[str, int]]:
     rows = found.values[found.rows_start :][: len(found.members) * len(FIELDS)].reshape(-1, len(FIELDS))
     return [dict(zip(FIELDS, row, strict=True)) for row in rows.tolist()]
 

@@ -10,7 +10,8 @@ import torch
 from lowmem_kernels.device import HOPPER
 from lowmem_kernels.factored import schedule
 from lowmem_kernels.factored.fields import FIELDS, PHASES, SCALARS
-from lowmem_kernels.factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE, Geometry, geometries_of, schedules_of
+from lowmem_kernels.factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE, schedules_of
+from lowmem_kernels.schedules import Geometry, geometries_of
 from lowmem_kernels.table import strides_of
 from lowmem_kernels.testing import SHAPES, make_tensors
 from lowmem_kernels.tickets import SEGMENT, SLOTS, Order, plan_order

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...fragments import lerp, rounded, scalar_or, stream_key
+from ...field_fragments import by_fours, column_address, field, field32, scratch, sum_of
+from ...fragments import lerp, load_gradient, rounded, scalar_or, stream_key
 from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
 from .constants import (
     APPLY,
@@ -34,22 +35,8 @@ from .constants import (
     UPDATE_SUM,
 )
 from .look import end_step, finish, finish_columns, floor_tile, look_or_columns
-from .moment import col_scales, factored_scale, full_moment, keep_columns, load_gradient, row_scales, weight_of
-from .walk import (
-    address,
-    by_fours,
-    field,
-    field32,
-    matrices_of,
-    matrix,
-    offsets,
-    rows_of,
-    scalar,
-    scratch,
-    sum_of,
-    tile,
-    widths,
-)
+from .moment import col_scales, factored_scale, full_moment, keep_columns, row_scales, weight_of
+from .walk import matrices_of, matrix, offsets, rows_of, scalar, tile, widths
 
 
 @triton.jit
@@ -138,13 +125,13 @@ def _factored_kernel(
     phase = tl.load(segment_ptr + PHASE).to(tl.int32)
     at = (table_ptr, table_ptr + rows_start + k * FIELDS_SIZE, scratch_ptr)
     address_ptr = addresses_ptr + k * COLUMNS_SIZE
-    param_sum_ptr = address(address_ptr, PARAM_SUM_COLUMN, tl.float32, False) if CARRY else None
+    param_sum_ptr = column_address(address_ptr, PARAM_SUM_COLUMN, tl.float32, False) if CARRY else None
 
-    step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
+    step = tl.load(column_address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
     moments = (weight_of(step, beta2_weight, decay_rate), eps1)
     hyper = (scalar_or(lr, 0.0), weight_decay, clip_threshold, eps2)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
-    g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
+    g_ptr = column_address(address_ptr, G_COLUMN, GRAD, ALIGNED)
 
     wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
@@ -159,11 +146,11 @@ def _factored_kernel(
     if phase == APPLY:
         if scalar(at, OK) == 1.0:
             pointers = (
-                address(address_ptr, P_COLUMN, PARAM, ALIGNED),
+                column_address(address_ptr, P_COLUMN, PARAM, ALIGNED),
                 g_ptr,
-                address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED),
-                address(address_ptr, COL_COLUMN, tl.float32, False),
-                address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED),
+                column_address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED),
+                column_address(address_ptr, COL_COLUMN, tl.float32, False),
+                column_address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED),
             )
             key = field(at, KEY)
             keys = (stream_key(key, step, 0), stream_key(key, step, 1))

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...fragments import lerp, rounded, scalar_or, stream_key
+from ...field_fragments import by_fours, column_address, field, field32, scratch, sum_groups, sum_of
+from ...fragments import lerp, load_gradient, rounded, scalar_or, stream_key
 from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
 from .constants import (
     APPLY,
@@ -47,26 +48,10 @@ from .moment import (
     factored_scale,
     full_moment,
     keep_columns,
-    load_gradient,
     row_scales,
     safe_rsqrt,
 )
-from .walk import (
-    address,
-    by_fours,
-    field,
-    field32,
-    matrices_of,
-    matrix,
-    offsets,
-    rows_of,
-    scalar,
-    scratch,
-    sum_groups,
-    sum_of,
-    tile,
-    widths,
-)
+from .walk import matrices_of, matrix, offsets, rows_of, scalar, tile, widths
 
 
 @triton.jit
@@ -146,7 +131,7 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_s, _none = sum_groups(partial_ptr, groups, cols, m, False)
+            sum_s = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB)
             old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
             c = lerp(old_c, sum_s / n + eps2, weight3)
             tl.store(scratch(at, RES_COL) + e * m + cols, c, mask=cols < m)
@@ -221,14 +206,14 @@ def _confidence_kernel(
     at = (table_ptr, table_ptr + rows_start + k * FIELDS_SIZE, scratch_ptr)
     address_ptr = addresses_ptr + k * COLUMNS_SIZE
 
-    step = tl.load(address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
+    step = tl.load(column_address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
     moments = (one_minus_beta2, eps1)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
     rate = scalar_or(lr, 0.0)
-    row_factor_ptr = address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
-    m_ptr = address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED)
-    res_row_ptr = address(address_ptr, RES_ROW_COLUMN, tl.float32, False)
-    res_col_ptr = address(address_ptr, RES_COL_COLUMN, tl.float32, False)
+    row_factor_ptr = column_address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
+    m_ptr = column_address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED)
+    res_row_ptr = column_address(address_ptr, RES_ROW_COLUMN, tl.float32, False)
+    res_col_ptr = column_address(address_ptr, RES_COL_COLUMN, tl.float32, False)
 
     wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
@@ -239,7 +224,7 @@ def _confidence_kernel(
     else:
         if scalar(at, OK) == 1.0:
             if phase == RESIDUAL:
-                pointers = (address(address_ptr, G_COLUMN, GRAD, ALIGNED), row_factor_ptr, m_ptr, res_row_ptr)
+                pointers = (column_address(address_ptr, G_COLUMN, GRAD, ALIGNED), row_factor_ptr, m_ptr, res_row_ptr)
                 _residual_tile(
                     at, ticket, pointers, stream_key(field(at, KEY), step, 1), gradient, moments,
                     one_minus_beta1, one_minus_beta3, eps2,
@@ -248,8 +233,8 @@ def _confidence_kernel(
             if phase == RESIDUAL_COLUMNS:
                 residual_columns_tile(at, ticket, res_col_ptr, one_minus_beta3, eps2)
             if phase == APPLY:
-                col_ptr = address(address_ptr, COL_COLUMN, tl.float32, False)
-                p_ptr = address(address_ptr, P_COLUMN, PARAM, ALIGNED)
+                col_ptr = column_address(address_ptr, COL_COLUMN, tl.float32, False)
+                p_ptr = column_address(address_ptr, P_COLUMN, PARAM, ALIGNED)
                 pointers = (p_ptr, row_factor_ptr, col_ptr, m_ptr, res_row_ptr, res_col_ptr)
                 _confident_tile(
                     at, ticket, pointers, stream_key(field(at, KEY), step, 0), rate, rate * weight_decay,

@@ -3,7 +3,8 @@
 import triton
 import triton.language as tl
 
-from ...fragments import count_skipped, is_finite, lerp
+from ...field_fragments import by_fours, column_address, field, field32, scratch, sum_groups, sum_of
+from ...fragments import count_skipped, is_finite, lerp, load_gradient
 from .constants import (
     COL_COLUMN,
     COL_SCALE,
@@ -38,24 +39,8 @@ from .constants import (
     M,
     N,
 )
-from .moment import col_scales, factored_scale, full_moment, load_gradient, row_scales, safe_rsqrt
-from .walk import (
-    address,
-    by_fours,
-    field,
-    field32,
-    matrices_of,
-    matrix,
-    min_of,
-    offsets,
-    rows_of,
-    scalar,
-    scratch,
-    sum_groups,
-    sum_of,
-    tile,
-    widths,
-)
+from .moment import col_scales, factored_scale, full_moment, row_scales, safe_rsqrt
+from .walk import matrices_of, matrix, min_of, offsets, rows_of, scalar, tile, widths
 
 # the smallest normal number: 1/R of smaller ones may be Inf, so that the column sums do not tell the sum of u²
 _TINY = tl.constexpr(2.0**-126)
@@ -191,7 +176,8 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_q, weighted = sum_groups(partial_ptr, groups, cols, m, True)
+            sum_q = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB)
+            weighted = sum_groups(partial_ptr + m, groups, 2 * m, cols, m, SLAB)
             old_c = tl.load(col_ptr + e * m + cols, mask=cols < m, other=0.0)
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)
@@ -288,13 +274,13 @@ def look_or_columns(
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
     """A ticket of the two phases that all rules begin with."""
-    g_ptr = address(address_ptr, G_COLUMN, GRAD, ALIGNED)
-    row_ptr = address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
+    g_ptr = column_address(address_ptr, G_COLUMN, GRAD, ALIGNED)
+    row_ptr = column_address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
     if phase == LOOK:
         if SCALE_PARAMETER:
             carried = carried_sum(param_sum_ptr)
             if carried != carried:
-                p_ptr = address(address_ptr, P_COLUMN, PARAM, ALIGNED)
+                p_ptr = column_address(address_ptr, P_COLUMN, PARAM, ALIGNED)
                 squares = sum_squares_tile(at, ticket, p_ptr, 0, ALIGNED, STRIDED, BLOCK_ROWS, BLOCK_COLS)
                 tl.store(scratch(at, PARAM_SUM) + ticket, squares)
         if field(at, FULL) == 1:
@@ -309,7 +295,7 @@ def look_or_columns(
             )  # fmt: skip
     else:
         if field(at, FULL) == 0:
-            col_ptr = address(address_ptr, COL_COLUMN, tl.float32, False)
+            col_ptr = column_address(address_ptr, COL_COLUMN, tl.float32, False)
             columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR)
 
 
@@ -332,6 +318,6 @@ def finish_columns(
 def end_step(at, address_ptr, step, skipped_ptr):
     """What the last ticket of an apply phase does: advance the parameter's step, or count the parameter."""
     if scalar(at, OK) == 1.0:
-        tl.store(address(address_ptr, STEP_COLUMN, tl.float32, False), step)
+        tl.store(column_address(address_ptr, STEP_COLUMN, tl.float32, False), step)
     else:
         count_skipped(skipped_ptr, tl.full((), 1, tl.int32))

@@ -1,18 +1,11 @@
-"""The gradient, and what the second moment makes of it."""
+"""What the second moment makes of the gradient."""
 
 import triton
 import triton.language as tl
 
-from ...fragments import lerp, transformed
+from ...field_fragments import field32, scratch
+from ...fragments import lerp
 from .constants import N
-from .walk import field32, scratch
-
-
-@triton.jit
-def load_gradient(pointers, mask, gradient, SKIP_NONFINITE: tl.constexpr):
-    """The gradient as options.GradTransform says; NaN where it may not be used, so that every sum shows it."""
-    g, usable = transformed(tl.load(pointers, mask=mask, other=0.0), gradient, SKIP_NONFINITE)
-    return tl.where(usable, g, float("nan"))
 
 
 @triton.jit

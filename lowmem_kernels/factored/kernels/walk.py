@@ -1,11 +1,9 @@
-"""Finding the way: from a ticket to its matrices, rows and tiles, and through what other programs left.
-
-``at`` is (table_ptr, row_ptr, scratch_ptr): the table, the parameter's row of fields.py in it, and the scratch.
-"""
+"""Finding the way from a ticket to its matrices, rows and tiles. ``at`` is as in field_fragments.py."""
 
 import triton
 import triton.language as tl
 
+from ...field_fragments import field, field32, scratch, walk_dims
 from .constants import (
     BATCH,
     DIMS,
@@ -17,49 +15,18 @@ from .constants import (
     NDIM,
     PARAM_STRIDES,
     SCALARS_START,
-    SLAB,
     M,
     N,
 )
 
-# groups, and partial sums, that are added at a time: as many loads in flight as there are registers for
-_GROUPS_AT_A_TIME = tl.constexpr(128)
+# partial sums that are looked through at a time: as many loads in flight as there are registers for
 _SUMS_AT_A_TIME = tl.constexpr(256)
-
-
-@triton.jit
-def field(at, FIELD: tl.constexpr):
-    """A field of the parameter's row, int64."""
-    _, row_ptr, _ = at
-    return tl.load(row_ptr + FIELD)
-
-
-@triton.jit
-def field32(at, FIELD: tl.constexpr):
-    """A field that is known to fit into 32 bits."""
-    return field(at, FIELD).to(tl.int32)
-
-
-@triton.jit
-def scratch(at, FIELD: tl.constexpr):
-    """Pointer to what the scratch holds under a field."""
-    _, row_ptr, scratch_ptr = at
-    return scratch_ptr + tl.load(row_ptr + FIELD)
 
 
 @triton.jit
 def scalar(at, SCALAR: tl.constexpr):
     """One of the parameter's scalars, which the last program of an earlier phase left."""
     return tl.load(scratch(at, SCALARS_START) + SCALAR, cache_modifier=".cg")
-
-
-@triton.jit
-def address(address_ptr, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
-    """Pointer in a column of the parameter's addresses, see fragments.address."""
-    pointer = tl.load(address_ptr + COLUMN).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
 
 
 @triton.jit
@@ -94,15 +61,7 @@ def rows_of(at, ticket):
 def matrix(at, pointer, e, size, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
     """Pointer to matrix e of a tensor of the parameter's shape; only operands 0 (p) and 1 (g) can be STRIDED."""
     if STRIDED:
-        table_ptr, _, _ = at
-        dims_ptr = table_ptr + field(at, DIMS)
-        index = e.to(tl.int64)
-        offset = tl.zeros((), tl.int64)
-        for dim in range(field32(at, NDIM)):
-            extent = tl.load(dims_ptr + 3 * dim)
-            offset += (index % extent) * tl.load(dims_ptr + 3 * dim + 1 + OPERAND)
-            index = index // extent
-        return pointer + offset
+        return pointer + walk_dims(at, field(at, DIMS), field32(at, NDIM), e, OPERAND, 2)
     else:
         return pointer + e.to(tl.int64) * size
 
@@ -131,22 +90,6 @@ def offsets(at, rows, cols, m, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
 
 
 @triton.jit
-def by_fours(x):
-    """Sums of four neighbours in a row: one thread has them, and an accumulator takes a quarter of the registers."""
-    return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4)), 2)
-
-
-@triton.jit
-def sum_of(pointer, count):
-    """Sum of ``count`` numbers that other programs have written, in an order that depends on count only."""
-    total = tl.zeros((_SUMS_AT_A_TIME,), tl.float32)
-    lane = tl.arange(0, _SUMS_AT_A_TIME)
-    for start in range(0, count, _SUMS_AT_A_TIME):
-        total += tl.load(pointer + start + lane, mask=start + lane < count, other=0.0, cache_modifier=".cg")
-    return tl.sum(total)
-
-
-@triton.jit
 def min_of(pointer, count):
     """Smallest of ``count`` numbers that other programs have written."""
     smallest = tl.full((_SUMS_AT_A_TIME,), float("inf"), tl.float32)
@@ -156,21 +99,3 @@ def min_of(pointer, count):
         x = tl.load(pointer + start + lane, mask=mask, other=float("inf"), cache_modifier=".cg")
         smallest = tl.minimum(smallest, x)
     return tl.min(smallest)
-
-
-@triton.jit
-def sum_groups(pointer, groups, cols, m, BOTH: tl.constexpr):
-    """Column sums over the groups of a matrix, in their order, 128 at a time as a tree.
-
-    Those of each group's first m numbers, and of its second m where BOTH, else 0.
-    """
-    first = tl.zeros((SLAB,), tl.float32)
-    second = tl.zeros((SLAB,), tl.float32)
-    for start in range(0, groups, _GROUPS_AT_A_TIME):
-        group = start + tl.arange(0, _GROUPS_AT_A_TIME)
-        pointers = pointer + group.to(tl.int64)[:, None] * 2 * m + cols[None, :]
-        mask = (group < groups)[:, None] & (cols < m)[None, :]
-        first += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-        if BOTH:
-            second += tl.sum(tl.load(pointers + m, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-    return first, second

@@ -1,0 +1,259 @@
+"""Which way a parameter is looked at, in what tiles, where its scratch lies: pure functions of shapes and strides."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vectors
+from ..table import Layout, collapse
+from ..tickets import Order, Stage
+from .fields import FIELDS, SLAB
+from .rule import NormRule, Sweep, sweeps_of
+
+#: Groups of lines of a parameter at most. Each has its own sums over lines, 4 bytes for each place, written once in a
+#: read and added up once: 0.5 bytes for each element of a 4096 x 4096 matrix, all in the L2 cache. 256 groups are about
+#: one for each of the 264 places that an H100 has at two programs on a processor. Computed, not measured.
+MAX_GROUPS = 256
+
+#: Bytes of such sums of a bundle, unless a single parameter needs more: the scratch has two slots of that size.
+SCRATCH_BYTES = 32 * 2**20
+
+#: Elements of a tile that holds whole lines: 32 for each thread of 8 warps, which takes 128 registers with the sums and
+#: scales of its places. Where elements are accessed one by one, with an address for each, 4 for each thread of 16.
+RESIDENT_ELEMENTS, RAGGED_ELEMENTS = 8192, 2048
+
+#: Lines side by side in a tile of lines that do not lie in one piece: at least 32 bytes of bfloat16, a memory sector.
+ACROSS = 16
+
+#: Longest line that a program holds: 16 warps have 32 elements each thread.
+LONGEST = 16384
+
+#: Tiles of longer lines, which are read twice. Of few lines, so that they are still in a cache the second time: 264
+#: programs hold 60 MB of rows of 28672 bfloat16.
+LONG_TILE, LONG_RAGGED_TILE = Shape(4, 1024), Shape(2, 1024)
+
+#: Tiles of the last read where it need not hold whole lines; of lines of at most 64 elements; of lines that do not lie
+#: in one piece; and the halves where elements are accessed one by one.
+APPLY_TILE, NARROW_APPLY_TILE, CROSS_APPLY_TILE = Shape(16, 256), Shape(64, 64), Shape(64, 64)
+RAGGED_APPLY_TILE, NARROW_RAGGED_APPLY_TILE = Shape(8, 256), Shape(32, 64)
+
+
+class Route(NamedTuple):
+    """How a parameter is looked at; parameters that share it go into one launch.
+
+    layout: what may be assumed of its tensors.
+    rows: whether lines are rows (else columns), contiguous: whether they lie in one piece.
+    tile: of the reads; resident: whether it has whole lines.
+    apply_tile: of the last read.
+    """
+
+    layout: Layout
+    rows: bool
+    contiguous: bool
+    tile: Shape
+    resident: bool
+    apply_tile: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class MultinormSchedule(Schedule):
+    """Parameters of one launch, and how they are looked at."""
+
+    route: Route
+
+
+def matrix_shape(shape: tuple[int, ...], conv: bool) -> tuple[int, int, int]:
+    """Return (matrices, rows, columns) of a parameter: see `NormRule.conv`; of fewer than two dimensions one row."""
+    if len(shape) < 2:
+        return 1, 1, math.prod(shape)
+    if conv:
+        return 1, shape[0], math.prod(shape[1:])
+    return math.prod(shape[:-2]), shape[-2], shape[-1]
+
+
+def route_of(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
+    """Return how a parameter is looked at.
+
+    Lines are what lies in one piece: the rows, or the columns of a matrix that is transposed in memory. Lines across
+    are taken where they are short enough (512 elements) that a tile of whole ones has 16 side by side, and save a read,
+    or the others are too long to be held.
+    """
+    _, n, m = matrix_shape(geometry.shape, rule.conv)
+    transposed = _is_transposed(geometry, rule.conv)
+    if geometry.strides is not None and not transposed:
+        return _route(Layout(False, True), True, True, m, rule)
+    along, across = (n, m) if transposed else (m, n)
+    layout = Layout(aligned and along % 8 == 0, False)
+    if rule.row_threshold:
+        # the norms of rows have to be known before anything else, which is provided for lines only
+        return _route(Layout(layout.aligned and not transposed, False), True, not transposed, m, rule)
+    better = _reads(rule, transposed) < _reads(rule, not transposed) or _power(along) > LONGEST
+    if better and layout.aligned and RESIDENT_ELEMENTS // _power(across) >= ACROSS:
+        return _route(layout, transposed, False, across, rule)
+    return _route(layout, not transposed, True, along, rule)
+
+
+def _route(layout: Layout, rows: bool, contiguous: bool, length: int, rule: NormRule) -> Route:
+    width, elements = _power(length), RESIDENT_ELEMENTS if layout.aligned else RAGGED_ELEMENTS
+    resident = width <= (LONGEST if layout.aligned else RAGGED_ELEMENTS)
+    if resident:
+        tile = Shape(max(1, elements // width), width)
+    else:
+        tile = LONG_TILE if layout.aligned else LONG_RAGGED_TILE
+    _, last_line = sweeps_of(rule, "row" if rows else "col")
+    narrow = width <= 64
+    if last_line:
+        apply_tile = tile
+    elif layout.aligned:
+        apply_tile = CROSS_APPLY_TILE if not contiguous else NARROW_APPLY_TILE if narrow else APPLY_TILE
+    else:
+        apply_tile = NARROW_RAGGED_APPLY_TILE if narrow else RAGGED_APPLY_TILE
+    return Route(layout, rows, contiguous, tile, resident, apply_tile)
+
+
+def _power(length: int) -> int:
+    """The width of a tile that holds a line."""
+    return max(32, 1 << max(length - 1, 0).bit_length())
+
+
+def _reads(rule: NormRule, rows: bool) -> int:
+    return len(sweeps_of(rule, "row" if rows else "col")[0])
+
+
+def _is_transposed(geometry: Geometry, conv: bool) -> bool:
+    """Whether each matrix of parameter and gradient is contiguous once its two dimensions are swapped."""
+    if geometry.strides is None or len(geometry.shape) < 2 or (conv and len(geometry.shape) > 2):
+        return False
+    *outer, n, m = geometry.shape
+    swapped = [*outer, m, n]
+    expected, stride = [0] * len(swapped), 1
+    for dim in reversed(range(len(swapped))):
+        expected[dim] = stride
+        stride *= swapped[dim]
+    expected[-2:] = reversed(expected[-2:])
+    return all(
+        size == 1 or found == wanted
+        for strides in geometry.strides
+        for size, found, wanted in zip(geometry.shape, strides, expected, strict=True)
+    )
+
+
+def schedules_of(
+    geometries: Sequence[Geometry],
+    aligned: Sequence[bool],
+    keys: Sequence[int],
+    rule: NormRule,
+    itemsize: int,
+    order: Order,
+) -> tuple[MultinormSchedule, ...]:
+    """Return the schedules of a list of parameters: one for each route that occurs.
+
+    Args:
+        geometries: of the parameters.
+        aligned: whether all tensors of a parameter that are read in tiles start at multiples of 16 bytes.
+        keys: of the parameters' rounding noise.
+        rule: of which norms and momentum matter.
+        itemsize: bytes of a gradient's element.
+        order: of the tickets.
+    """
+    kinds: dict[Route, list[int]] = {}
+    for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
+        kinds.setdefault(route_of(geometry, starts_aligned, rule), []).append(i)
+    schedules = []
+    for route, members in kinds.items():
+        sweeps, _ = sweeps_of(rule, "row" if route.rows else "col")
+        rows = [_Row(geometries[i], route, sweeps, rule.conv) for i in members]
+        if not sweeps:
+            # nothing waits for anything, shared scratch included
+            order = replace(order, bundle_bytes=1 << 62)
+        frees = max(0, 2 * len(sweeps) - 1)
+        member_keys = [keys[i] for i in members]
+        schedule = schedule_of(members, rows, member_keys, itemsize, frees, order, SCRATCH_BYTES)
+        schedules.append(MultinormSchedule(**vars(schedule), route=route))
+    return tuple(schedules)
+
+
+class _Row:
+    """One parameter's fields."""
+
+    def __init__(self, geometry: Geometry, route: Route, sweeps: Sequence[Sweep], conv: bool) -> None:
+        matrices, n, m = matrix_shape(geometry.shape, conv)
+        lines, length = (n, m) if route.rows else (m, n)
+        self.numel = matrices * lines * length
+        if not self.numel:
+            matrices, lines = 1, 0
+        self._sweeps, tile = sweeps, route.tile
+        blocks = -(-lines // tile.rows)
+        groups = max(1, min(blocks, MAX_GROUPS // matrices))
+        group_lines = max(1, -(-blocks // groups)) * tile.rows
+        groups = max(1, -(-lines // group_lines))
+        tiles = blocks * -(-max(length, 1) // tile.cols)
+        batch = max(1, SMALL_TILES // max(tiles, 1)) if groups == 1 else 1
+        shares = -(-matrices // batch)
+        slabs = max(1, -(-length // SLAB)) if batch == 1 else 1
+        self._tickets = shares * groups
+        self._closing = [shares * slabs if sweep.sums == "cross" else shares for sweep in sweeps]
+        sums = {sweep.sums for sweep in sweeps}
+        sizes = {
+            "line_scale": matrices * lines,
+            "cross_scale": matrices * length,
+            "group_sum": matrices * groups if sums & {"norms", "total"} else 0,
+            "line_norm": matrices * lines if "norms" in sums else 0,
+            "threshold": matrices if "norms" in sums else 0,
+            "factor": matrices if "total" in sums else 0,
+            "probe": max([0, *self._closing]),
+            "ok": 1,
+        }
+        self.partial = vectors(matrices * groups * length) if "cross" in sums else 0
+        self._offsets, self.scratch = dict[str, int](), 0
+        for name, size in sizes.items():
+            self._offsets[name] = self.scratch
+            self.scratch += vectors(size)
+        self.dims, dims_fields = _dims(geometry, conv)
+        self._dims_fields = dims_fields
+        self._fields = {
+            "matrices": matrices,
+            "lines": lines,
+            "length": length,
+            "group_lines": group_lines,
+            "groups": groups,
+            "batch": batch,
+            "tickets": self._tickets,
+            "slab_tickets": slabs,
+            "slab_width": SLAB if slabs > 1 else max(length, 1),
+            "closing_tickets": self._closing[-1] if sweeps else 0,
+        }
+
+    def stages(self) -> list[Stage]:
+        """Reads and what closes them. Every other read goes backwards: it begins with what was read last."""
+        stages = []
+        for k, closing in enumerate(self._closing):
+            stages += [Stage(2 * k, self._tickets, k % 2 == 1), Stage(2 * k + 1, closing, False)]
+        return [*stages, Stage(2 * len(self._closing), self._tickets, len(self._closing) % 2 == 1)]
+
+    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
+        """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
+        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
+        starts = {name: dims + start if name.endswith("dims") else start for name, start in self._dims_fields.items()}
+        fields = {"key": key, "partial": partial, **self._fields, **offsets, **starts}
+        return [fields[name] for name in FIELDS]
+
+
+def _dims(geometry: Geometry, conv: bool) -> tuple[list[int], dict[str, int]]:
+    """(size, stride of p, stride of g) of the dimensions of matrices, lines and places, innermost first, and where
+    each of the three starts among them, and how many it has."""
+    names = ("matrix", "line", "place")
+    if geometry.strides is None:
+        return [], {f"{name}_{what}": 0 for name in names for what in ("dims", "ndim")}
+    shape, (param, grad) = geometry.shape, geometry.strides
+    ends = (0, 0) if len(shape) < 2 else (0, 1) if conv else (len(shape) - 2, len(shape) - 1)
+    dims: list[int] = []
+    fields = {}
+    for name, part in zip(names, (slice(0, ends[0]), slice(*ends), slice(ends[1], None)), strict=True):
+        extents = list(reversed(collapse(shape[part], param[part], grad[part])))
+        fields[f"{name}_dims"], fields[f"{name}_ndim"] = len(dims), len(extents)
+        dims += [number for extent in extents for number in extent]
+    return dims, fields

@@ -1,0 +1,141 @@
+"""What the schedules of all families share: a list of parameters as one table of tickets, segments and fields.
+
+How a parameter is cut, and so the order of its sums, depends on its own shape only, never on what else is in the list.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from .device import launching_on
+from .table import Strides, counters, uploaded
+from .tickets import SLOTS, Order, Stage, bundles_of, ticket_list
+
+#: Tiles that a ticket of small matrices has at most, so that a stack of thousands (convolutions) has not as many
+#: programs, each of which does nothing but find its place.
+SMALL_TILES = 16
+
+
+class Shape(NamedTuple):
+    """A tile's rows and columns."""
+
+    rows: int
+    cols: int
+
+
+class Geometry(NamedTuple):
+    """What a schedule depends on: a parameter's shape, and where it or its gradient is not contiguous the strides."""
+
+    shape: tuple[int, ...]
+    strides: tuple[tuple[int, ...], tuple[int, ...]] | None
+
+
+def geometries_of(tensors: Sequence[Tensor], strides: Sequence[Strides | None]) -> tuple[Geometry, ...]:
+    """Return the geometries of parameters, with the strides of `table.strides_of`."""
+    return tuple([Geometry(tuple(t.shape), s and s[1:]) for t, s in zip(tensors, strides, strict=True)])
+
+
+class Row(Protocol):
+    """One parameter as a family cuts it."""
+
+    #: elements; float32 elements of scratch that it shares with others in turns, and of its own
+    numel: int
+    partial: int
+    scratch: int
+    #: what its fields say where to find: sizes and strides of dimensions
+    dims: list[int]
+
+    def stages(self) -> list[Stage]:
+        """The parameter's share of each phase."""
+        ...
+
+    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
+        """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """Parameters that are worked off together: which of a list, and the table for the kernels.
+
+    ``values`` holds tickets, segments from ``segments_start`` on, fields from ``rows_start`` on, then dimensions.
+    ``launches`` are ranges of tickets. ``scratch`` counts float32 elements.
+    """
+
+    members: np.ndarray
+    values: np.ndarray
+    segments_start: int
+    rows_start: int
+    launches: tuple[range, ...]
+    counters: int
+    scratch: int
+
+
+def schedule_of(
+    members: Sequence[int],
+    rows: Sequence[Row],
+    keys: Sequence[int],
+    itemsize: int,
+    frees: int,
+    order: Order,
+    scratch_limit: int,
+) -> Schedule:
+    """Return the schedule of some parameters of a list.
+
+    Args:
+        members: their places in the list.
+        rows: how each is cut.
+        keys: of the rounding noise of each.
+        itemsize: bytes of a gradient's element.
+        frees: the shared scratch is free after the last stage whose phase is at most this.
+        order: of the tickets.
+        scratch_limit: bytes of shared scratch of a bundle, unless one parameter needs more.
+    """
+    bundles = bundles_of(
+        [row.numel * itemsize for row in rows], [4 * row.partial for row in rows], order, scratch_limit
+    )
+    tickets = ticket_list([row.stages() for row in rows], bundles, frees, order)
+    slot = max(sum(rows[k].partial for k in bundle) for bundle in bundles)
+    scratch = SLOTS * slot
+    rows_start = len(tickets.values)
+    fields = len(rows[0].values(0, 0, 0, 0))
+    dims_start = rows_start + len(rows) * fields
+    values, dims = list[int](), list[int]()
+    for b, bundle in enumerate(bundles):
+        partial = b % SLOTS * slot
+        for k in bundle:
+            values += rows[k].values(keys[k], scratch, partial, dims_start + len(dims))
+            dims += rows[k].dims
+            scratch += rows[k].scratch
+            partial += rows[k].partial
+    return Schedule(
+        np.array(members), np.concatenate([tickets.values, np.array(values + dims, dtype=np.int64)]),
+        tickets.segments_start, rows_start, tickets.launches, tickets.counters, scratch,
+    )  # fmt: skip
+
+
+def vectors(size: int) -> int:
+    """``size`` elements, rounded up so that what follows them starts at a multiple of 16 bytes."""
+    return -(-size // 4) * 4
+
+
+def launch_schedule(
+    kernel: Any, schedule: Schedule, params: Sequence[Tensor], where: np.ndarray, scratch: Tensor, **arguments: Any
+) -> None:
+    """Launch a kernel over a schedule's tickets. ``where`` are the addresses of all parameters' tensors."""
+    device = params[0].device
+    table = uploaded(params, schedule, schedule.values)
+    pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
+    counts = counters(schedule.counters, device)
+    for tickets in schedule.launches:
+        with launching_on(device):
+            kernel[(len(tickets),)](
+                table_ptr=table, addresses_ptr=pointers, scratch_ptr=scratch, counters_ptr=counts,
+                segments_start=schedule.segments_start, rows_start=schedule.rows_start, first_ticket=tickets.start,
+                owners=len(schedule.members), counters=schedule.counters, **arguments,
+            )  # fmt: skip
