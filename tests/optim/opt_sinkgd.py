@@ -22,6 +22,7 @@ CASES = [
         optimizer=SinkGD,
         options={
             "lr": 1e-2,
+            "iterations": 1,
             "scale": 0.5,
             "weight_decay": 0.1,
             "momentum": 0.9,
