@@ -102,7 +102,8 @@ def sinkhorn_scales(
         backend: "auto", "triton" or "torch".
 
     Returns s, float32 of shape [..., n] for gradients [..., n, m], and t, of shape [..., m]. With ``conv`` they are [n]
-    and [all other dimensions]; for fewer than two dimensions [1] and [m].
+    and [all other dimensions]; for fewer than two dimensions [1] and [m]. Which of the two has a factor that all
+    elements share is not said.
 
     Traffic: with elements of e bytes, ``("row", "col") * L`` reads L e bytes for each element, and a last "row" or
     "col" without its partner e more.

@@ -129,14 +129,14 @@ class _X:
         """Return (x, the new momentum) of a block in fp32, which lie in the scratch or are the gradient itself."""
         out, moved, _ = self.scratch.like(self.grad[place])
         x, unscaled = read_gradient(self.grad[place], self.transform, out)
-        if self.transform.clip_value is not None and self.transform.skip_nonfinite:
-            x = torch.where(unscaled.isfinite(), x, math.nan)  # what clipping would hide
+        if (self.sign or self.transform.clip_value is not None) and self.transform.skip_nonfinite:
+            x = torch.where(unscaled.isfinite(), x, math.nan)  # what clipping, or a sign, would hide
         momentum = None
         if self.exp_avg is not None:
             momentum = torch.add(x, self.exp_avg[place], alpha=self.rule.momentum, out=moved)
             # the momentum is needed again, x is not, but it may be the gradient itself
             x = torch.add(x, momentum, alpha=self.rule.momentum, out=out) if self.rule.nesterov else momentum
-        return (torch.sign(x, out=out) if self.sign else x), momentum
+        return (torch.where(x.isnan(), x, x.sign()) if self.sign else x), momentum
 
     def scales(self) -> tuple[Tensor, Tensor, bool]:
         """Return s, t and whether all sums are finite."""

@@ -141,6 +141,10 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     times, of which the second is served by a cache, and p and m once; "factored_scaled" has to read p for its RMS,
     "factored_floor" g because the floor under V is felt; "confidence" reads m twice, and writes it before p.
 
+    Multi-normalization of matrices: "sinkgd" reads g six times (five pairs of norms), "sinkgd_once" twice (one pair),
+    "one_sided" once, where lines are what lies in one piece; "table" (five pairs and a row, a threshold and a momentum)
+    reads g and m seven times.
+
     Of vectors, whose V is kept in full: "factored_vector" and "confidence_vector" read g and V twice.
     """
     e, s = param_itemsize, state_itemsize
@@ -152,6 +156,10 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
         "factored_scaled": (5 * e + s, e + s),
         "factored_floor": (5 * e + s, e + s),
         "confidence": (4 * e + 2 * s, e + s),
+        "sinkgd": (7 * e, e),
+        "sinkgd_once": (3 * e, e),
+        "one_sided": (2 * e, e),
+        "table": (8 * e + 7 * s, e + s),
         "factored_vector": (3 * e + s + 8, e + s + 4),
         "confidence_vector": (3 * e + 2 * s + 8, e + s + 4),
     }

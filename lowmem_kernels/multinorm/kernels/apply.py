@@ -94,7 +94,7 @@ def apply_tile(
                             tl.store(scratch(at, LINE_SCALE) + e.to(tl.int64) * count + lines, s, mask=inside)
                     if WRITE:
                         update = x * s[:, None] * t[None, :]
-                        if MOMENTUM != "none":
+                        if MOMENTUM == "after" or (MOMENTUM == "before" and KEEP):
                             old_m = tl.load(m_ptrs, mask=mask, other=0.0)
                         if MOMENTUM == "after":
                             moved = lerp(old_m.to(tl.float32), update, one_minus_momentum)

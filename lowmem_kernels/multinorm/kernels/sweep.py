@@ -162,7 +162,9 @@ def closing_tile(
                 places = place + tl.arange(0, SLAB)
                 inside = places < length
                 squares = sum_groups(scratch(at, PARTIAL) + e * groups * length, groups, length, places, length, SLAB)
-                old = cross_scales(at, e, places, inside, sweep > FIRST_CROSS)
+                old = 1.0
+                if CLAMP:
+                    old = cross_scales(at, e, places, inside, sweep > FIRST_CROSS)
                 t = scale_of(squares, count.to(tl.float32), old, eps, CLAMP)
                 tl.store(scratch(at, CROSS_SCALE) + e * length + places, t, mask=inside)
                 probe += tl.sum(0.0 * squares)
