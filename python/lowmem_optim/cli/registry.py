@@ -21,8 +21,8 @@ from lowmem_optim.routed import RoutedOptimizer
 #   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
 #   AdaLomo: 0.02 1.728, 0.05 1.667, 0.1 1.804
 #   Adafactor without scale_parameter: 1e-3 1.788, 2e-3 1.784, 4e-3 1.833; with it the rule is AdaLomo's: 0.05 1.666
-# Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME; SinkGD, with
-# the paper's rate 0.02 1.799, and MNGD.
+# Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME; MNGD and
+# SinkGD, which with the paper's rate, 0.02, has 1.799.
 LEARNING_RATES = {
     "AdamW": 2e-3,
     "Lomo": 0.5,
