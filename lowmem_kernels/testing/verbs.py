@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..elementwise import adamw_, grad_stats, scaled_update_
 from ..factored import FactoredRule, confidence_update_, factored_update_
+from ..multinorm import NormRule, sinkhorn_update_
 from ..options import Rounding
 from .cases import bytes_moved, cached_bytes
 
@@ -41,7 +42,7 @@ class VerbCall:
 @dataclass(frozen=True)
 class _Verb:
     formula: str  # of `bytes_moved`
-    rule: FactoredRule | None = None
+    rule: FactoredRule | NormRule | None = None
     narrow_state: bool = False
     carried: bool = False
     grad: float = 1e-3
@@ -60,6 +61,10 @@ _VERBS = {
     "adafactor, momentum": _Verb("factored", FactoredRule(scale_parameter=False, beta1=0.9)),
     "adafactor, floor not felt": _Verb("factored", _FLOOR),
     "adafactor, floor felt": _Verb("factored_floor", _FLOOR, grad=_TINY_GRAD),
+    "sinkgd": _Verb("sinkgd", NormRule(scale=0.05)),
+    "sinkgd, one iteration": _Verb("sinkgd_once", NormRule(("row", "col"), scale=0.05)),
+    "rows normalized": _Verb("one_sided", NormRule(("row",), scale=0.05)),
+    "table": _Verb("table", NormRule(("row", "col") * 5 + ("row",), 0.18, None, 1e-3, momentum=0.9, nesterov=True)),
     "came": _Verb("confidence"),
     "came, state as p": _Verb("confidence", narrow_state=True),
 }
@@ -80,8 +85,7 @@ def make_call(
         raise ValueError(f"verb is {name!r}; allowed: {', '.join(map(repr, VERBS))}")
     verb = _VERBS[name]
     tensors = _tensors(verb, shapes, dtype, device)
-    has_state = verb.formula in ("adamw", "confidence") or (verb.rule is not None and verb.rule.beta1 is not None)
-    state = (dtype if verb.narrow_state else torch.float32).itemsize if has_state else 0
+    state = (dtype if verb.narrow_state else torch.float32).itemsize if _has_momentum(verb) else 0
     read = written = cached = 0
     for shape in shapes:
         numel, rule = prod(shape), verb.formula
@@ -93,6 +97,12 @@ def make_call(
         read, written = read + moved[0], written + moved[1]
         cached += cached_bytes(rule, numel, dtype.itemsize)
     return VerbCall(tensors, _caller(verb, tensors, dtype, backend), (read, written), read + written - cached)
+
+
+def _has_momentum(verb: _Verb) -> bool:
+    if verb.rule is None:
+        return verb.formula in ("adamw", "confidence")
+    return bool(verb.rule.momentum if isinstance(verb.rule, NormRule) else verb.rule.beta1)
 
 
 def _tensors(
@@ -112,6 +122,8 @@ def _tensors(
     params = random(0.02, dtype)
     tensors: dict[str, Sequence[Tensor | None]] = {"params": params, "grads": grads}
     tensors["steps"] = full(3.0, [()] * len(shapes))
+    if isinstance(verb.rule, NormRule):
+        return tensors | ({"exp_avgs": random(verb.grad, torch.float32)} if verb.rule.momentum else {})
     if verb.formula == "scaled_update":
         return tensors
     state = dtype if verb.narrow_state else torch.float32
@@ -148,4 +160,6 @@ def _caller(verb: _Verb, tensors: dict[str, Any], dtype: torch.dtype, backend: s
     if verb.rule is None:
         return lambda: confidence_update_(**tensors, **_CAME, **options)
     rule = verb.rule
+    if isinstance(rule, NormRule):
+        return lambda: sinkhorn_update_(**tensors, rule=rule, **options)
     return lambda: factored_update_(**tensors, rule=rule, **options)

@@ -15,15 +15,17 @@ from lowmem_kernels.factored.fields import COLUMNS
 from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, compile_case
 
-#: Both kernels, with every phase, and with pointers that are computed in other ways. Targets other than the H100's
+#: All kernels, with every phase, and with pointers that are computed in other ways. Targets other than the H100's
 #: compile what differs most.
 ON_SM_90 = (
     "adafactor-bf16-aligned-stochastic",
     "adafactor-bf16-aligned-floor",
     "adafactor-bf16-strided-stochastic",
     "came-fp32-state_fp32-aligned",
+    "multinorm-bf16-rows_of_4096",
+    "multinorm-bf16-table",
 )
-ELSEWHERE = ("adafactor-bf16-aligned-stochastic", "came-fp32-state_fp32-aligned")
+ELSEWHERE = ("adafactor-bf16-aligned-stochastic", "came-fp32-state_fp32-aligned", "multinorm-bf16-rows_of_4096")
 CASES = {
     (target, case.name): case
     for target, gpu in TARGETS.items()
@@ -233,7 +235,7 @@ def test_what_other_programs_wrote_is_read_from_l2(target, name):
     loads = [access for access in accesses(target, name) if access.operation == "load"]
     assert all(load.origin for load in loads)
     scratch = [load.how for load in loads if load.origin == "scratch_ptr"]
-    assert len(scratch) > 10
+    assert len(scratch) >= 8
     assert set(scratch) == {"cg"}
     momentum = [load.how for load in loads if load.origin == "exp_avg"]
     # the residual's phase, whose momentum an earlier launch wrote, comes first in the text
