@@ -8,6 +8,9 @@ from .adalomo import AdaLomo
 from .adamw import AdamW
 from .came import CAME
 from .lomo import Lomo
+from .mngd import MNGD
+from .roles import split_params
+from .sinkgd import SinkGD
 from .torch_adafactor import TorchAdafactor
 
-__all__ = ["CAME", "AdaLomo", "Adafactor", "AdamW", "Lomo", "TorchAdafactor"]
+__all__ = ["CAME", "MNGD", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from operator import is_
-from typing import Any, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
-from .buckets import Bucket
+from .buckets import OWN_RULE, Bucket
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 
@@ -45,14 +45,17 @@ class LowMemOptimizer(Optimizer):
     found_inf: Tensor | None
 
     def __init__(self, params: ParamsT, own: dict[str, Any], common: CommonOptions) -> None:
-        check_names(common, {*own, *COMMON_DEFAULTS}, unknown_is_error=True)
-        defaults = {**own, **COMMON_DEFAULTS, **common}
+        check_names(common, {*own, *self.common_defaults}, unknown_is_error=True)
+        defaults = {**own, **self.common_defaults, **common}
         self._check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
         self._known: _Known | None = None
         super().__init__(params, defaults)
 
     # what a subclass says
+
+    #: the options that a constructor takes as ``**options``
+    common_defaults: ClassVar[Mapping[str, Any]] = COMMON_DEFAULTS
 
     #: how checkpoints of other optimizers load
     foreign = Foreign()
@@ -68,6 +71,13 @@ class LowMemOptimizer(Optimizer):
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for a parameter that cannot be optimized with the options of its group."""
         check_param(param, group)
+
+    def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> str:
+        """Return which of the optimizer's rules, if it has several, updates a parameter; those of a bucket have one."""
+        return OWN_RULE
+
+    def complete_group(self, group: dict[str, Any]) -> None:
+        """Add to a new group what an optimizer keeps there besides options."""
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state tensors of a parameter before its first update, apart from ``step``."""
@@ -134,20 +144,21 @@ class LowMemOptimizer(Optimizer):
         for place, (group, param, identity) in enumerate(self._parameters()):
             grad = param.grad
             if grad is not None:
-                kind = (id(group), param.device, param.dtype, grad.dtype, grad.layout)
+                rule = self.rule_of(param, group)
+                kind = (id(group), rule, param.device, param.dtype, grad.dtype, grad.layout)
                 if kind not in checked:
                     self._check_gradient(group, param, grad, identity)
                     checked.add(kind)
-                found.append((kind, group, param, identity, place))
-        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, dict[str, Any], int]]] = {}
-        for kind, group, param, identity, place in found:
+                found.append((kind, rule, group, param, identity, place))
+        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], str, Tensor, dict[str, Any], int]]] = {}
+        for kind, rule, group, param, identity, place in found:
             state = self.state[param] or self._make_state(param, group, identity)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            members.setdefault((kind, *_narrow_parts(state)), []).append((group, param, state, place))
+            members.setdefault((kind, *_narrow_parts(state)), []).append((group, rule, param, state, place))
         buckets, places = [], []
         for each in members.values():
-            groups, params, states, where = zip(*each, strict=True)
-            buckets.append(Bucket(groups[0], params, states))
+            groups, rules, params, states, where = zip(*each, strict=True)
+            buckets.append(Bucket(groups[0], rules[0], params, states))
             places.append(list(where))
         return buckets, places
 
@@ -203,6 +214,7 @@ class LowMemOptimizer(Optimizer):
         try:
             check_names(group, self.defaults, unknown_is_error=False)
             self._check(group)
+            self.complete_group(group)
             for param in group["params"]:
                 self.check_param(param, group)
         except (TypeError, ValueError):

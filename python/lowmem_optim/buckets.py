@@ -16,15 +16,21 @@ from lowmem_kernels.tensors import Gradients, Tensors
 
 T = TypeVar("T")
 
+#: the rule that an optimizer is named after
+OWN_RULE = "own"
+
 
 class Bucket:
-    """Parameters of one group that share device and dtypes, each with its state, and its gradient during a step.
+    """Parameters of one group that share rule, device and dtypes, each with its state, and its gradient during a step.
 
     Made once and kept from step to step, so that verbs find the same `Tensors`.
     """
 
-    def __init__(self, group: dict[str, Any], params: Iterable[Tensor], states: Iterable[dict[str, Any]]) -> None:
+    def __init__(
+        self, group: dict[str, Any], rule: str, params: Iterable[Tensor], states: Iterable[dict[str, Any]]
+    ) -> None:
         self.group = group
+        self.rule = rule
         self.params = Tensors(params)
         self.states = list(states)
         self.grads = Gradients()

@@ -45,8 +45,18 @@ COMMON_DEFAULTS: CommonOptions = {
     "backend": "auto",
 }
 
-#: Keys that torch, its schedulers and Lightning put into groups; never taken for a misspelling of an option.
-FOREIGN_KEYS = {"params", "param_names", "name", "initial_lr", "min_lr", "max_lr", "base_momentum", "max_momentum"}
+#: Keys that torch, its schedulers, Lightning and timm put into groups; never taken for a misspelling of an option.
+FOREIGN_KEYS = {
+    "params",
+    "param_names",
+    "name",
+    "initial_lr",
+    "min_lr",
+    "max_lr",
+    "base_momentum",
+    "max_momentum",
+    "lr_scale",
+}
 
 
 def check_names(names: Iterable[str], known: Iterable[str], *, unknown_is_error: bool) -> None:
@@ -116,9 +126,9 @@ def check_clipping(options: Mapping[str, Any]) -> None:
             check_number(name, options[name], positive=True)
 
 
-def check_betas(betas: Any, count: int) -> None:
+def check_betas(betas: Any, count: int, name: str = "betas") -> None:
     """Raise ValueError unless ``betas`` are ``count`` numbers in [0, 1)."""
     if not isinstance(betas, (tuple, list)) or len(betas) != count:
-        raise ValueError(f"betas is {betas!r}; allowed: {count} numbers >= 0 and < 1")
+        raise ValueError(f"{name} is {betas!r}; allowed: {count} numbers >= 0 and < 1")
     for i, beta in enumerate(betas):
-        check_number(f"betas[{i}]", beta, below=1)
+        check_number(f"{name}[{i}]", beta, below=1)

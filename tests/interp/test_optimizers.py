@@ -129,6 +129,7 @@ def test_zero_gradients_with_lr_0_change_no_parameter_bit(case, dtype):
     assert_same_bits(params, starts)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @both_dtypes
 @every_case
 def test_a_skipped_step_changes_nothing(case, dtype):

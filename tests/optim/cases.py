@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
 from optim.tensors import LAYOUTS
 
@@ -64,6 +65,7 @@ class OptimizerCase:
     bounds_elements: gradient elements are clamped, so that an Inf that is not skipped acts like a large number.
     refuses_float16: with these options, float16 parameters are a TypeError.
     elementwise: where parameters are not coupled, a bad gradient element stops its own update only, not the tensor's.
+    fallback_elementwise: the same for parameters that are no matrices, where those get another rule; None: they do not.
     decay: (parameter, lr) -> what weight_decay is multiplied by.
     """
 
@@ -79,11 +81,17 @@ class OptimizerCase:
     bounds_elements: bool = False
     refuses_float16: bool = False
     elementwise: bool = True
+    fallback_elementwise: bool | None = None
     decay: Callable[[np.ndarray, float], float] = lambda param, lr: lr
 
     def state_keys(self, param: Tensor) -> list[str]:
         """The keys of a parameter's state, apart from step and uid."""
         return list(self.state(tuple(param.shape), param.dtype))
+
+    def keeps_elements(self, param: Tensor) -> bool:
+        """Whether a bad gradient element stops its own update only, of a parameter of at most two dimensions."""
+        own = param.ndim == 2 or self.fallback_elementwise is None
+        return self.elementwise if own else bool(self.fallback_elementwise)
 
     def make(self, params: Any, **overrides: Any) -> LowMemOptimizer:
         """The optimizer over parameters, named parameters or groups."""
@@ -97,6 +105,12 @@ class OptimizerCase:
     def options_at(self, position: int) -> dict[str, Any]:
         """The options that `make_groups` gives to the parameter at a position."""
         return {**self.options, **(self.other_options if position % 2 else {})}
+
+
+def exported() -> dict[str, type[LowMemOptimizer]]:
+    """The optimizers of the package, by name."""
+    items = {name: getattr(lowmem_optim, name) for name in lowmem_optim.__all__}
+    return {k: v for k, v in items.items() if isinstance(v, type) and issubclass(v, LowMemOptimizer)}
 
 
 def discover() -> list[OptimizerCase]:

@@ -87,8 +87,8 @@ def test_misspelled_options_are_refused_with_a_suggestion(case, misspelled, mean
 
 @every_case
 def test_unknown_options_are_refused_with_a_list(case):
-    with pytest.raises(TypeError, match=r"unknown option 'momentum_dtype'; allowed: .*backend.*lr.*weight_decay"):
-        case.make(make_params(names=SMALL), momentum_dtype=0)
+    with pytest.raises(TypeError, match=r"unknown option 'preconditioner'; allowed: .*backend.*lr.*weight_decay"):
+        case.make(make_params(names=SMALL), preconditioner=0)
 
 
 @every_case

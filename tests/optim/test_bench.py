@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-import lowmem_optim
 from lowmem_kernels.testing.models import MODELS, Architecture, model_shapes, parameter_count
 from lowmem_optim.cli import app, bench_rows, contenders, measure, timing
 from lowmem_optim.cli.bench_rows import Row, Workload
+from optim.cases import exported
 
 CPU = torch.device("cpu")
 
@@ -102,7 +102,7 @@ def test_the_command_in_the_csv_is_the_one_to_repeat(bench):
 def test_all_run_by_default_and_none_changes_the_gradients(monkeypatch):
     monkeypatch.setattr(contenders, "MOST_TENSORS_TO_COMPILE", 0)
     own = contenders.ours([], torch.float32)
-    assert {contender.name for contender in own} == set(lowmem_optim.__all__)
+    assert {contender.name for contender in own} == exported().keys()
     everyone = [*contenders.others(own), *own]
     assert len(everyone) == len(own) + len(contenders.OTHERS)
     made = []
@@ -211,7 +211,16 @@ def test_least_bytes_are_those_of_the_readme(name, bf16, fp32, vector):
     assert moved.least({"a": (64, 32), "b": (2, 8, 4)}, 2) == bf16 * (64 * 32 + 2 * 8 * 4)
     assert moved.least({"a": (64, 32)}, 4) == fp32 * 64 * 32
     assert moved.least({"a": (100,)}, 2) == vector * 100
-    assert contenders.MOVED.keys() == set(lowmem_optim.__all__)
+    assert contenders.MOVED.keys() == exported().keys()
+
+
+@pytest.mark.parametrize("name", ["SinkGD", "MNGD"])
+def test_least_bytes_where_only_matrices_get_the_rule(name):
+    """By default more than two dimensions get the fallback, as vectors do."""
+    moved = contenders.MOVED[name]
+    assert moved.least({"a": (64, 32)}, 2) == 16 * 64 * 32
+    assert moved.least({"a": (64, 32)}, 4) == 32 * 64 * 32
+    assert moved.least({"a": (2, 8, 4), "b": (100,)}, 2) == 22 * (2 * 8 * 4 + 100)
 
 
 def test_steps_take_turns_after_one_that_does_not_count():

@@ -6,7 +6,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lowmem_optim
+from lowmem_optim.cli.model import ByteModel, ModelConfig
 from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
+from optim.cases import exported
 
 
 class Clipping(torch.optim.SGD):
@@ -94,11 +96,38 @@ def test_build_gives_each_optimizer_only_what_it_takes():
 
 
 def test_every_optimizer_of_this_package_takes_the_commands_schedule():
-    for name in lowmem_optim.__all__:
+    for name in exported():
         choice = find(name)
         optimizer = choice.build(nn.Linear(2, 2), lr=choice.learning_rate, options={})
         LambdaLR(optimizer, lambda step: 0.5)
         assert optimizer.param_groups[0]["lr"] == 0.5 * choice.learning_rate
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "mngd"])
+def test_optimizers_with_a_rule_for_matrices_are_told_the_roles(name):
+    model = ByteModel(ModelConfig.from_width(layers=1, dim=32, context=8))
+    optimizer = find(name).build(model, lr=0.02, options={"fallback": "adafactor"})
+    roles = {group["role"]: group["param_names"] for group in optimizer.param_groups}
+    assert roles["embedding"] == ["embedding.weight"]
+    assert roles["head"] == ["head.weight"]
+    assert [group["fallback"] for group in optimizer.param_groups] == ["adafactor"] * 4
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "mngd"])
+def test_with_adafactor_for_the_rest_no_state_is_as_large_as_a_matrix(name):
+    """Nor as an embedding: matrices have none, and embeddings and the head two factors."""
+    model = ByteModel(ModelConfig.from_width(layers=1, dim=32, context=8))
+    optimizer = find(name).build(model, lr=0.02, options={"fallback": "adafactor"})
+    tokens = torch.arange(8).view(1, 8)
+    model.loss(tokens, tokens).backward()
+    optimizer.step()
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            sizes = [v.numel() for k, v in optimizer.state[param].items() if k not in ("step", "uid")]
+            if group["role"] == "matrix":
+                assert sizes == []
+            elif param.ndim >= 2:
+                assert sum(sizes) == sum(param.shape) < param.numel()
 
 
 def test_build_names_the_optimizer_that_rejects_a_value():

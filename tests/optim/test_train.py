@@ -88,6 +88,16 @@ def test_options_reach_the_optimizer_and_the_record(train):
     assert record["runs"][1]["figures"]["state_bytes_per_parameter"] == 4  # momentum
 
 
+def test_rules_for_matrices_with_their_fallback(train):
+    """torch clips the gradients of those that do not clip, and lr schedules act on the fallback too."""
+    result, record = train("-o", "sinkgd", "-c", "mngd", "--opt", "norms=('row',)", "--opt", "fallback=adafactor")
+    assert result.exit_code == 0, result.output
+    sinkgd, mngd = record["runs"]
+    assert sinkgd["training_loss"][0] == mngd["training_loss"][0]
+    assert sinkgd["training_loss"][1:] != mngd["training_loss"][1:]
+    assert max(run["figures"]["state_bytes_per_parameter"] for run in record["runs"]) < 0.5
+
+
 def test_bfloat16(train):
     result, record = train(*PAIR, "--dtype", "bf16")
     assert result.exit_code == 0, result.output

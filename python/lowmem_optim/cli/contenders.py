@@ -27,19 +27,21 @@ MOST_TENSORS_TO_COMPILE = 32
 class Moved:
     """The bytes of a step: the rules of `bytes_moved` for matrices and vectors, and the itemsize of the states.
 
-    `state` None means that of the parameters.
+    `state` None means that of the parameters. Without `stacks`, more than two dimensions count as a vector.
     """
 
     matrices: str
     vectors: str
     state: int | None = 0
+    stacks: bool = True
 
     def least(self, shapes: Shapes, itemsize: int) -> int:
         """Bytes that have to pass the memory in a step, with caches that serve all that is read twice at once."""
         state = itemsize if self.state is None else self.state
         total = 0
         for shape in shapes.values():
-            rule = self.vectors if len(shape) < 2 else self.matrices
+            is_matrix = len(shape) == 2 or (len(shape) > 2 and self.stacks)
+            rule = self.matrices if is_matrix else self.vectors
             requested = sum(bytes_moved(rule, prod(shape), itemsize, state))
             total += requested - cached_bytes(rule, prod(shape), itemsize)
         return total
@@ -99,6 +101,8 @@ MOVED = {
     "TorchAdafactor": Moved("factored", "factored_vector"),
     "AdaLomo": Moved("factored", "factored_vector"),
     "CAME": Moved("confidence", "confidence_vector", state=4),
+    "SinkGD": Moved("sinkgd", "adamw", state=4, stacks=False),
+    "MNGD": Moved("sinkgd", "adamw", state=4, stacks=False),
 }
 FACTORED = ("Adafactor", "TorchAdafactor", "AdaLomo")
 

@@ -1,0 +1,37 @@
+"""MNGD: 2502.06742, algorithms 1 and 2, with other norms than SinkGD's and a momentum of what is normalized."""
+
+from lowmem_optim import MNGD
+from optim.cases import OptimizerCase
+from optim.multinorm import OTHER, WRONG, decay, oracle, state
+
+WRONG_NORMS = [
+    ("norms", ()),
+    ("norms", "row"),
+    ("norms", ("row", "column")),
+    ("norms", ("row", "spectral")),
+    ("norms", ("row", None)),
+    ("norms", None),
+]
+
+CASES = [
+    OptimizerCase(
+        name="mngd",
+        optimizer=MNGD,
+        options={
+            "lr": 2e-2,
+            "norms": ("col", "row", "frobenius"),
+            "iterations": 2,
+            "scale": 0.5,
+            "weight_decay": 0.1,
+            "momentum": 0.8,
+            "momentum_after": True,
+        },
+        other_options={**OTHER, "norms": ("frobenius",), "momentum": 0.5, "nesterov": True},
+        oracle=oracle,
+        state=state("adamw", momentum="fp32"),
+        wrong=[*WRONG, *WRONG_NORMS],
+        elementwise=False,
+        fallback_elementwise=True,
+        decay=decay(0.5),
+    ),
+]
