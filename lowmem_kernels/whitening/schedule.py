@@ -110,12 +110,13 @@ def geometries_of(params: Sequence[Tensor], strides: Sequence[Strides | None]) -
     return tuple([Geometry(tuple(p.shape), s and s[1:]) for p, s in zip(params, strides, strict=True)])
 
 
-def block_of(size: int) -> int:
+def block_of(size: int, layout: Layout) -> int:
     """Return the side of the tiles of matrices with Gram matrices of ``size``.
 
-    64 as long as 128 would cut a Gram matrix into 10 tiles or fewer, too few for a GPU. Computed, not measured.
+    64 as long as 128 would cut a Gram matrix into 10 tiles or fewer, too few for a GPU; and where elements are accessed
+    one by one, each with an address of its own, so that 128 would spill on sm_90. Computed, not measured.
     """
-    return 64 if size <= 512 else 128
+    return 128 if size > 512 and layout.aligned else 64
 
 
 def group_size(size: int) -> int:
@@ -173,15 +174,15 @@ def _schedule(
         )
         first_row += matrix.m
         stats_tile += -(-matrix.m // STATS_ROWS)
-        block = block_of(matrix.size)
+        block = block_of(matrix.size, layout)
         apply_tiles.append(apply_tiles[-1] + -(-matrix.m // block) * -(-matrix.n // block))
     return Schedule(
         layout, np.array(members), np.concatenate([np.array(values, dtype=np.int64).ravel(), *offsets]),
-        len(found), first_row, stats_tile, tuple(_groups(found, apply_tiles)),
+        len(found), first_row, stats_tile, tuple(_groups(found, layout, apply_tiles)),
     )  # fmt: skip
 
 
-def _groups(found: Sequence[Matrix], apply_tiles: Sequence[int]) -> Iterator[Group]:
+def _groups(found: Sequence[Matrix], layout: Layout, apply_tiles: Sequence[int]) -> Iterator[Group]:
     first = 0
     while first < len(found):
         right, size = found[first].right, found[first].size
@@ -189,7 +190,7 @@ def _groups(found: Sequence[Matrix], apply_tiles: Sequence[int]) -> Iterator[Gro
         while end < min(len(found), first + group_size(size)) and (found[end].right, found[end].size) == (right, size):
             end += 1
         tiles = range(apply_tiles[first], apply_tiles[end])
-        yield Group(right, size, first, end - first, block_of(size), tiles)
+        yield Group(right, size, first, end - first, block_of(size, layout), tiles)
         first = end
 
 
