@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from lowmem_kernels import elementwise, factored
+from lowmem_kernels import elementwise, factored, whitening
 
-FAMILIES = [elementwise, factored]
+FAMILIES = [elementwise, factored, whitening]
 VERBS = [(family, name) for family in FAMILIES for name in family.__all__ if name.islower()]
 
 
@@ -19,7 +19,9 @@ def name_of(parameter):
 def test_verbs_are_found():
     """A class beside them is no verb."""
     names = [name for _, name in VERBS]
-    assert names == ["adamw_", "grad_stats", "scaled_update_", "confidence_update_", "factored_update_"]
+    assert names == [
+        "adamw_", "grad_stats", "scaled_update_", "confidence_update_", "factored_update_", "whiten_", "whitened",
+    ]  # fmt: skip
     assert all(inspect.isfunction(getattr(family, name)) for family, name in VERBS)
 
 
