@@ -13,6 +13,7 @@ from ..elementwise.launch import STATS_PROGRAMS, plan_elementwise
 from ..table import Layout
 from .aot import CompileCase
 from .factored_specializations import factored_cases
+from .whitening_specializations import whitening_cases
 
 ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
 LAYOUTS = {"aligned": ALIGNED, "misaligned": MISALIGNED, "strided": STRIDED}
@@ -29,7 +30,11 @@ def compile_cases(warp_size: int = 32) -> list[CompileCase]:
     ``warp_size`` is the target's (64 on gfx942), since plans depend on it.
     """
     elementwise_cases = [*_adamw_cases(), *_scaled_update_cases(), *_grad_stats_cases()]
-    return [*(_planned(case, warp_size) for case in elementwise_cases), *factored_cases(warp_size)]
+    return [
+        *(_planned(case, warp_size) for case in elementwise_cases),
+        *factored_cases(warp_size),
+        *whitening_cases(warp_size),
+    ]
 
 
 def _adamw_cases() -> Iterator[CompileCase]:

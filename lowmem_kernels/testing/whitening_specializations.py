@@ -31,6 +31,7 @@ _WHITENED = {**_SIGNATURE, "found_inf": None, "lr": None}
 
 def whitening_cases(warp_size: int) -> Iterator[CompileCase]:
     """Return specializations of all kernels: dtypes, layouts, sides, tiles, solvers."""
+    constexprs: dict[str, Any]
     for name, dtype, layout, centre in (
         ("row_stats-bf16-aligned", "bf16", "aligned", True),
         ("row_stats-fp32-aligned", "fp32", "aligned", True),
@@ -39,9 +40,7 @@ def whitening_cases(warp_size: int) -> Iterator[CompileCase]:
         ("row_stats-bf16-strided", "bf16", "strided", True),
     ):
         constexprs = {"CENTRE": centre, "NORMALIZE": True, "BLOCK_M": STATS_ROWS, "BLOCK_N": STATS_COLS}
-        yield _case(
-            name, kernels._row_stats_kernel, _SIGNATURE, dtype, layout, constexprs, {"num_warps": STATS_WARPS}
-        )
+        yield _case(name, kernels._row_stats_kernel, _SIGNATURE, dtype, layout, constexprs, {"num_warps": STATS_WARPS})
     for side in ("left", "right"):
         for dtype, layout, block, exact in (
             ("bf16", "aligned", 128, True),
@@ -82,7 +81,8 @@ def _case(
     layout = _LAYOUTS[layout_name]
     constexprs = {
         "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "ALIGNED": layout.aligned, "STRIDED": layout.strided,
-        "SKIP_NONFINITE": True, **constexprs, **{argument: None for argument, kind in signature.items() if kind is None},
+        "SKIP_NONFINITE": True, **constexprs,
+        **{argument: None for argument, kind in signature.items() if kind is None},
     }  # fmt: skip
     present = {argument: kind for argument, kind in signature.items() if kind and argument in kernel.arg_names}
     # where rows of p are whole vectors, so is the side of a Gram matrix of typical weights

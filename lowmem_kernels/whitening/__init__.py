@@ -6,8 +6,8 @@ Of each matrix G of m rows and n columns, over the last two dimensions of a para
     D = (X X^T)^(-1/2) X, approximated by ``rule.solver``, and rescaled to a root mean square of 1
 
 Every verb takes lists. Within a list all tensors have one dtype and one device, and two or more dimensions; parameters
-and gradients are float32, bfloat16 or float16 with any strides, empty ones included. ``steps`` are 0-d float32 counters,
-read as t - 1 and written as t.
+and gradients are float32, bfloat16 or float16 with any strides, empty ones included. ``steps`` are 0-d float32
+counters, read as t - 1 and written as t.
 
 No matrix of the size of G is ever made, in no dtype: X is normalised whenever G is read, and D goes into the
 parameter from registers. What is made are matrices of K x K, K = min(m, n), for a bounded number of parameters at a

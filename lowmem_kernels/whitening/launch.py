@@ -49,7 +49,7 @@ def plan_products(block: int, exact: bool, layout: Layout, warp_size: int) -> Wh
     """
     precision = ("tf32x3" if exact else "tf32") if warp_size == 32 else "ieee"
     warps = 8 if block == 128 or not layout.aligned else 4
-    return WhiteningPlan(block, 16 if exact else 32, num_warps=warps, num_stages=2, precision=precision)
+    return WhiteningPlan(block, 16 if precision == "tf32x3" else 32, num_warps=warps, num_stages=2, precision=precision)
 
 
 @torch.no_grad()
@@ -100,9 +100,7 @@ def whitened(grads: Sequence[Tensor], *, rule: WhiteningRule, transform: GradTra
     return results
 
 
-def _run(
-    schedule: Schedule, table: Tensor, pointers: Tensor, rule: WhiteningRule, arguments: dict[str, Any]
-) -> Tensor:
+def _run(schedule: Schedule, table: Tensor, pointers: Tensor, rule: WhiteningRule, arguments: dict[str, Any]) -> Tensor:
     """Whiten and apply all matrices of a schedule. Returns the parameters' flags: not 0 where sums are not finite."""
     device = table.device
     stats = torch.empty(2 * schedule.rows, dtype=torch.float32, device=device)

@@ -166,12 +166,9 @@ def _schedule(
                     columns[shape, steps] = len(found) * len(FIELDS) + sum(map(len, offsets))
                     offsets.append(_column_offsets(shape, steps))
                 places[operand] = columns[shape, steps]
-        values.append(
-            [
-                owners[matrix.parameter], keys[matrix.parameter], matrix.m, matrix.n, matrix.start, first_row,
-                stats_tile, apply_tiles[-1], *matrix.offsets, *matrix.row_strides, *places,
-            ]  # fmt: skip
-        )
+        where = (first_row, stats_tile, apply_tiles[-1])
+        ids = (owners[matrix.parameter], keys[matrix.parameter])
+        values.append([*ids, matrix.m, matrix.n, matrix.start, *where, *matrix.offsets, *matrix.row_strides, *places])
         first_row += matrix.m
         stats_tile += -(-matrix.m // STATS_ROWS)
         block = block_of(matrix.size, layout)

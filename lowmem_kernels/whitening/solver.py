@@ -100,11 +100,12 @@ def products_in(exact: bool) -> Iterator[None]:
 
     With beta = 0.8 and TF32 the coupled iteration explodes. The setting is the process's, so it is put back.
     """
-    settings = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    cuda, cpu = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    settings = (cuda, cpu)
     before = [setting.fp32_precision for setting in settings]
     try:
-        torch.backends.cuda.matmul.fp32_precision = "ieee" if exact else "tf32"
-        torch.backends.mkldnn.matmul.fp32_precision = "ieee"
+        cuda.fp32_precision = "ieee" if exact else "tf32"
+        cpu.fp32_precision = "ieee"
         yield
     finally:
         for setting, precision in zip(settings, before, strict=True):

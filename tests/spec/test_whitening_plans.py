@@ -30,7 +30,7 @@ def test_tiles_and_warps():
     assert plan_products(64, True, STRIDED, 32) == WhiteningPlan(64, 16, 8, 2, "tf32x3")
     assert plan_products(128, False, ALIGNED, 32) == WhiteningPlan(128, 32, 8, 2, "tf32")
     for exact in (True, False):
-        assert plan_products(128, exact, ALIGNED, 64).precision == "ieee"
+        assert plan_products(128, exact, ALIGNED, 64) == WhiteningPlan(128, 32, 8, 2, "ieee")
 
 
 def test_small_problems_are_solved_together_and_large_ones_one_at_a_time():
