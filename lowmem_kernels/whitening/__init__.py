@@ -61,7 +61,7 @@ def whiten_(
         backend: "auto", "triton" or "torch".
 
     Traffic: with elements of e bytes, reads 4e and writes e for each element: G for its row statistics, for its Gram
-    matrix and for the update, and p. Arithmetic: 54 K³ + 4 m n K flops with the default rule, see README.md.
+    matrix and for the update, and p. Arithmetic: 54 K³ + 3 m n K flops with the default rule, see README.md.
 
     Raises:
         ValueError, TypeError: lists or options that do not fit together, before anything is written.
