@@ -179,10 +179,11 @@ def test_a_parameter_that_is_not_finite_keeps_everything(bad, clip_value):
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("bad", [torch.inf, 3e38])
 @pytest.mark.parametrize("normalize", ["gradnorm", "row", None])
-def test_what_is_not_finite_goes_through_when_asked(normalize):
+def test_what_is_not_finite_goes_through_when_asked(normalize, bad):
     bucket = make_bucket([FEW[1], Case("experts", (3, 24, 16))])
-    bucket.grads[-1][1, 2, 3] = torch.inf
+    bucket.grads[-1][1, 2, 3] = bad
     transform = GradTransform(skip_nonfinite=False, skipped=torch.tensor(0))
     run(bucket, transform=transform, rule=WhiteningRule(normalize=normalize))
     assert bucket.params[-1][1].isnan().all()
