@@ -72,9 +72,9 @@ def step_and_check(bucket, rule, transform=None, gradient=None, backend="torch",
 
 def check_noise(bucket, i, step, result):
     """Elements are rounded with the documented noise at their logical index. Errors of D of 1e-5, times lr scale, are
-    1e-3 of the distance between two bfloat16 at 0.02: so many may go the other way, and with other noise 1/3 do."""
+    1e-3 of the distance between two bfloat16 at 0.02: a few times as many go the other way; with other noise 1/3 do."""
     index = np.arange(result.size).reshape(result.shape)
     noise = oracles.noise(SEED, bucket.rounding().uids[i], step, 0, index)
     expected = oracles.to_bf16_stochastic(np.float32(result), noise)
     wrong = np.sum(bucket.params[i].float().numpy() != expected)
-    assert wrong <= 2 + result.size / 500, f"{wrong} of {result.size} elements are rounded with other noise"
+    assert wrong <= 2 + result.size / 100, f"{wrong} of {result.size} elements are rounded with other noise"

@@ -7,18 +7,20 @@ import pytest
 
 from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel, narrow_offsets
+from lowmem_kernels.testing.whitening_specializations import advance_case
 
-KERNELS = ("row_stats", "gram", "whiten_apply", "whitened", "advance")
+KERNELS = ("row_stats", "gram", "whiten_apply", "whitened")
 #: What is compiled for other targets than sm_90, of which every case is.
-FEW = ("row_stats-bf16-aligned", "row_stats-bf16-strided", "advance-fp32-aligned", *(
+FEW = ("row_stats-bf16-aligned", "row_stats-bf16-strided", *(
     f"{kind}-bf16-{rest}" for kind in ("gram", "whiten_apply")
     for rest in ("aligned-left-128-exact", "aligned-right-128-exact", "aligned-right-128-fast", "strided-left-64-exact")
 ))  # fmt: skip
 CASES = {
     (target, case.name): case
     for target, gpu in TARGETS.items()
-    for case in compile_cases(warp_size=gpu.warp_size)
-    if case.name.startswith(KERNELS) and (target == "sm_90" or case.name in FEW)
+    for case in [*compile_cases(warp_size=gpu.warp_size), advance_case()]
+    if case.name == "advance-fp32-aligned"
+    or (case.name.startswith(KERNELS) and (target == "sm_90" or case.name in FEW))
 }
 BITS = {"bf16": 16, "fp32": 32}
 
