@@ -14,6 +14,7 @@ from ..table import Layout
 from .aot import CompileCase
 from .factored_specializations import factored_cases
 from .multinorm_specializations import multinorm_cases
+from .whitening_specializations import whitening_cases
 
 ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
 LAYOUTS = {"aligned": ALIGNED, "misaligned": MISALIGNED, "strided": STRIDED}
@@ -30,8 +31,12 @@ def compile_cases(warp_size: int = 32) -> list[CompileCase]:
     ``warp_size`` is the target's (64 on gfx942), since plans depend on it.
     """
     elementwise_cases = [*_adamw_cases(), *_scaled_update_cases(), *_grad_stats_cases()]
-    families = [*factored_cases(warp_size), *multinorm_cases(warp_size)]
-    return [*(_planned(case, warp_size) for case in elementwise_cases), *families]
+    return [
+        *(_planned(case, warp_size) for case in elementwise_cases),
+        *factored_cases(warp_size),
+        *multinorm_cases(warp_size),
+        *whitening_cases(warp_size),
+    ]
 
 
 def _adamw_cases() -> Iterator[CompileCase]:
