@@ -11,6 +11,7 @@ from .lomo import Lomo
 from .mngd import MNGD
 from .roles import split_params
 from .sinkgd import SinkGD
+from .swan import SWAN
 from .torch_adafactor import TorchAdafactor
 
-__all__ = ["CAME", "MNGD", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]
+__all__ = ["CAME", "MNGD", "SWAN", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]

@@ -16,6 +16,7 @@ from lowmem_kernels.testing import bytes_moved, cached_bytes
 from lowmem_kernels.testing.models import Shapes
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.cli import registry
+from lowmem_optim.cli.eager import EagerOptimizer, sinkhorn, whitened
 from lowmem_optim.cli.timing import Step
 
 COPY = "copy"
@@ -151,6 +152,10 @@ def _came(params: list[nn.Parameter]) -> Optimizer:
     return came_pytorch.CAME(params, lr=2e-4)
 
 
+def _eager(normalize: Callable[[Tensor], Tensor]) -> Callable[[list[nn.Parameter]], Optimizer]:
+    return lambda params: EagerOptimizer(params, normalize)
+
+
 OTHERS = [
     Contender(
         "torch.AdamW(fused)",
@@ -174,6 +179,9 @@ OTHERS = [
     ),
     Contender("transformers.Adafactor", _transformers, FACTORED, package="transformers"),
     Contender("came_pytorch.CAME", _came, ("CAME",), package="came_pytorch"),
+    Contender("SinkGD in torch", _eager(sinkhorn), ("SinkGD", "MNGD")),
+    Contender("SinkGD in torch(compiled)", _eager(sinkhorn), ("SinkGD", "MNGD"), compiled=True),
+    Contender("SWAN in torch", _eager(whitened), ("SWAN",)),
 ]
 
 

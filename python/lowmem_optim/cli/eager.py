@@ -1,6 +1,6 @@
 """Multi-normalizing rules as one would write them from their papers: what `lowmem bench` compares ours with.
 
-Matrices only, one after the other, in the gradient's dtype where ports keep it there; other parameters get torch's AdamW.
+Matrices only, one after the other, in the gradient's dtype where ports keep it there; others get torch's AdamW.
 """
 
 from __future__ import annotations
@@ -20,7 +20,11 @@ class EagerOptimizer(Optimizer):
     """``p -= lr scale X`` for matrices, with X of their gradient by ``normalize``; AdamW for all else."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], normalize: Callable[[Tensor], Tensor], lr: float = 0.02, scale: float = 0.05
+        self,
+        params: Iterable[nn.Parameter],
+        normalize: Callable[[Tensor], Tensor],
+        lr: float = 0.02,
+        scale: float = 0.05,
     ) -> None:
         super().__init__(params, {"lr": lr, "scale": scale})
         self.normalize = normalize
@@ -28,7 +32,7 @@ class EagerOptimizer(Optimizer):
         self.others = torch.optim.AdamW(others, lr=lr * scale, fused=True) if others else None
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Update all parameters once."""
         for group in self.param_groups:
             for param in group["params"]:
