@@ -17,13 +17,16 @@ import typer
 from sizes import DEVICES, TINY, shapes_of
 
 from lowmem_kernels.device import device_facts
-from lowmem_kernels.factored import launch
+from lowmem_kernels.factored import launch as factored
+from lowmem_kernels.multinorm import launch as multinorm
 from lowmem_kernels.testing.models import Shapes, parameter_count
 from lowmem_kernels.tickets import Order, plan_order
 from lowmem_optim.cli.contenders import make_tensors, ours, parameters
 from lowmem_optim.cli.timing import Step, Stopwatch, count_launches, interleaved
 
-OPTIMIZERS = ["AdaLomo", "TorchAdafactor", "CAME"]
+OPTIMIZERS = ["AdaLomo", "TorchAdafactor", "CAME", "SinkGD"]
+#: Each looks the plan up by name in every call.
+LAUNCHERS = (factored, multinorm)
 #: Models, and how many of their layers: all of GPT-2, of Llama 7B those that have 25 times the cache.
 MODELS: dict[str, int | None] = {"gpt2": None, "llama-7b": 6}
 PLANNED = "planned"
@@ -48,8 +51,8 @@ def step_in(order: Order, step: Step) -> Step:
     """Return a step whose tickets follow in an order."""
 
     def ordered() -> None:
-        # the launcher looks the plan up by name in every call
-        launch.plan_order = lambda facts: order
+        for launcher in LAUNCHERS:
+            launcher.plan_order = lambda facts: order
         step()
 
     return ordered
@@ -89,7 +92,8 @@ def measure(model: str, shapes: Shapes, names: list[str], device: torch.device, 
                     "times_faster_than_planned": medians[PLANNED] / medians[name],
                 }
             )
-    launch.plan_order = plan_order
+    for launcher in LAUNCHERS:
+        launcher.plan_order = plan_order
     return rows
 
 

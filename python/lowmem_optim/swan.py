@@ -25,8 +25,8 @@ class SWAN(RoutedOptimizer):
     ``X_ij = (g_ij - mean_i) / std_i`` over each row, ``D = (X X^T)^(-1/2) X``, ``D = sqrt(n m) D / |D|``,
     ``p -= lr (scale D + weight_decay p)``
 
-    All that is no matrix gets the fallback, see RoutedOptions; in the paper embeddings and the output layer do too, which
-    takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling change
+    All that is no matrix gets the fallback, see RoutedOptions; in the paper embeddings and the output layer do too,
+    which takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling change
     nothing.
 
     Args:

@@ -105,11 +105,13 @@ MOVED = {
     "SinkGD": Moved("sinkgd", "adamw", state=4, stacks=False),
     "MNGD": Moved("sinkgd", "adamw", state=4, stacks=False),
 }
+# SinkGD, unless told otherwise
+SAME_AS_ANOTHER = {"mngd"}
 FACTORED = ("Adafactor", "TorchAdafactor", "AdaLomo")
 
 
 def ours(names: list[str], dtype: torch.dtype) -> list[Contender]:
-    """This package's optimizers of these names, all if there are none, with default options.
+    """This package's optimizers of these names, all if there are none but for SAME_AS_ANOTHER, with default options.
 
     For bfloat16, where these round stochastically, each a second time with rounding to nearest. Raises ValueError for
     a name that is not one of them.
@@ -119,7 +121,8 @@ def ours(names: list[str], dtype: torch.dtype) -> list[Contender]:
     if unknown:
         allowed = ", ".join(choice.name for choice in own.values())
         raise ValueError(f"{unknown[0]!r} is not an optimizer of this package; allowed: {allowed}")
-    found = [own[key] for key in dict.fromkeys(name.lower() for name in names or own)]
+    chosen = map(str.lower, names) if names else (key for key in own if key not in SAME_AS_ANOTHER)
+    found = [own[key] for key in dict.fromkeys(chosen)]
     roundings: dict[str, dict[str, Any]] = {"": {}}
     if dtype == torch.bfloat16:
         roundings[", to nearest"] = {"stochastic_rounding": False}
