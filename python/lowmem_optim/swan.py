@@ -26,8 +26,8 @@ class SWAN(RoutedOptimizer):
     ``p -= lr (scale D + weight_decay p)``
 
     All that is no matrix gets the fallback, see RoutedOptions; in the paper embeddings and the output layer do too,
-    which takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling change
-    nothing.
+    which takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling
+    change nothing.
 
     Args:
         params: parameters, (name, parameter) pairs or groups such as `split_params` makes; float32, bfloat16, float16.
