@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lowmem_optim.cli.registry import Choice
 
 DEFAULT_OPTIMIZER = "adamw"
-DEFAULT_COMPARISON = ("adalomo", "adafactor")
+DEFAULT_COMPARISON = ("adalomo", "adafactor", "sinkgd")
 ALL_DIVERGED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
