@@ -40,7 +40,7 @@ report: $(READY) ## what can be known of the kernels without a GPU, into bench/s
 
 test: test-spec test-interp test-compile test-optim ## every tier that needs no GPU
 
-test-spec: $(READY) ## references against float64 oracles (budget: 1 minute)
+test-spec: $(READY) ## references against float64 oracles (budget: 2 minutes)
 	$(PYTEST) tests/spec -n 2
 
 test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)

@@ -144,12 +144,9 @@ def test_bits_do_not_depend_on_the_order(name, monkeypatch):
         Order(bundle_bytes=30000, ahead=0, reverse=True, phased=True),
     ):
         assert_same_buckets(ordered(name, monkeypatch, order), usual)
-    for seed in range(2):
-        with unsatisfied_waits_raise():
-            shuffled = ordered(
-                name, monkeypatch, change=lambda found, seed=seed: reordered(found, random_order(found, seed))
-            )
-        assert_same_buckets(shuffled, usual)
+    with unsatisfied_waits_raise():
+        shuffled = ordered(name, monkeypatch, change=lambda found: reordered(found, random_order(found, 0)))
+    assert_same_buckets(shuffled, usual)
 
 
 def test_every_wait_is_needed_and_there(monkeypatch):
@@ -196,9 +193,9 @@ TABLE = NormRule(("row", "col") * 5 + ("row",), row_threshold=1e-3, momentum=0.9
 @pytest.mark.parametrize(
     ("formula", "rule", "shape"),
     [
-        ("sinkgd", NormRule(), (16, 4096)),
+        ("sinkgd", NormRule(), (8, 4096)),
         ("sinkgd", NormRule(), (260, 64)),
-        ("sinkgd_once", NormRule(("row", "col")), (8, 11008)),
+        ("sinkgd_once", NormRule(("row", "col")), (2, 11008)),
         ("sinkgd_once", NormRule(("row", "col")), (24, 4096)),
         ("one_sided", NormRule(("row",)), (24, 4096)),
         ("one_sided", NormRule(("col",)), (128, 512)),
