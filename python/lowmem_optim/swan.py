@@ -25,9 +25,9 @@ class SWAN(RoutedOptimizer):
     ``X_ij = (g_ij - mean_i) / std_i`` over each row, ``D = (X X^T)^(-1/2) X``, ``D = sqrt(n m) D / |D|``,
     ``p -= lr (scale D + weight_decay p)``
 
-    All that is no matrix gets the fallback, see RoutedOptions; in the paper embeddings and the output layer do too, which
-    takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling change
-    nothing.
+    All that is no matrix gets the fallback, see RoutedOptions; in the paper embeddings and the output layer do too,
+    which takes the groups of `split_params`. D does not depend on the gradient's scale: clipping and loss scaling
+    change nothing.
 
     Args:
         params: parameters, (name, parameter) pairs or groups such as `split_params` makes; float32, bfloat16, float16.
