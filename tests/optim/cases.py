@@ -66,6 +66,7 @@ class OptimizerCase:
     refuses_float16: with these options, float16 parameters are a TypeError.
     elementwise: where parameters are not coupled, a bad gradient element stops its own update only, not the tensor's.
     fallback_elementwise: the same for parameters that are no matrices, where those get another rule; None: they do not.
+    centres_rows: rows of a matrix's update have mean zero.
     decay: (parameter, lr) -> what weight_decay is multiplied by.
     """
 
@@ -82,6 +83,7 @@ class OptimizerCase:
     refuses_float16: bool = False
     elementwise: bool = True
     fallback_elementwise: bool | None = None
+    centres_rows: bool = False
     decay: Callable[[np.ndarray, float], float] = lambda param, lr: lr
 
     def state_keys(self, param: Tensor) -> list[str]:

@@ -5,6 +5,7 @@ import torch
 
 from optim.factored import adafactor, factors
 from optim.opt_adamw import oracle as adamw
+from whitening_oracles import normalized, whitened
 
 #: what MNGD does if told nothing
 DEFAULTS = {
@@ -16,6 +17,9 @@ DEFAULTS = {
     "nesterov": False,
     "momentum_after": False,
     "eps": None,
+    "solver": "coupled",
+    "solver_iterations": None,
+    "beta": 0.5,
     "stacks": None,
     "fallback": "adamw",
     "fallback_lr": None,
@@ -71,8 +75,16 @@ def multi_norm(z, o):
     x = z
     for _ in range(o["iterations"]):
         for norm in o["norms"]:
-            x = PROJECTIONS[norm](x, o["eps"] or 0.0)
+            x = spectral(x, o) if norm == "spectral" else PROJECTIONS[norm](x, o["eps"] or 0.0)
     return x
+
+
+def spectral(x, o):
+    """The solver's iteration on the singular values, and its limit where o has no beta."""
+    if o["beta"] is not None:
+        return whitened(x, None, o["solver"], o["solver_iterations"], o["beta"])[0]
+    u, _, v = np.linalg.svd(x, full_matrices=False)
+    return u @ v * np.sqrt(max(x.shape))
 
 
 def inverse(lengths, eps):
@@ -86,6 +98,7 @@ PROJECTIONS = {
     "col": lambda x, eps: np.sqrt(x.shape[0]) * x @ np.diag(inverse(np.sqrt((x**2).sum(0)), eps)),
     "frobenius": lambda x, eps: np.sqrt(x.size) * inverse(np.sqrt((x**2).sum(keepdims=True)), eps) * x,
     "sign": lambda x, eps: np.sign(x),
+    "gradnorm": lambda x, eps: normalized(x, "gradnorm"),
 }
 
 
@@ -157,4 +170,13 @@ WRONG = [
     ("eps", 0.0),
     ("eps", "1e-8"),
     ("state_dtype", "bf16"),
+]
+
+WRONG_SOLVER = [
+    ("solver", "svd"),
+    ("solver", None),
+    ("beta", 0.0),
+    ("beta", 1.5),
+    ("beta", float("nan")),
+    ("beta", "0.5"),
 ]

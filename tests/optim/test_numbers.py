@@ -6,7 +6,7 @@ import torch
 from lowmem_kernels.numerics import parity_tolerance
 from optim.cases import discover, exported
 from optim.every import CASES, cases_with_lr, every_case, every_peer
-from optim.tensors import LAYOUTS, copies, gradient, make_params, set_gradients, take_steps, to_numpy
+from optim.tensors import LAYOUTS, copies, gradient, make_params, set_gradients, to_numpy
 
 STEPS = 50
 
@@ -176,12 +176,20 @@ def test_gradients_are_left_as_they_are(case):
 
 @pytest.mark.parametrize("case", [c for c in CASES if not c.refuses_float16], ids=lambda case: case.name)
 def test_half_precision_parameters_follow_float32(case):
-    """float16 holds 11 bits, so 10 writes to nearest are 10 half spacings (2**-12 of the largest element) away."""
+    """float16 holds 11 bits, so 10 writes to nearest are 10 half spacings (up to 2**-11 of the largest element) away.
+
+    Gradients are equal: what rounding does to them grows with the condition of a matrix that is whitened.
+    """
     results = {}
     for dtype in (torch.float32, torch.float16):
         params = [torch.nn.Parameter(p.detach().to(dtype)) for p in make_params(torch.float16)]
-        take_steps(case.make(params), params, 10)
+        optimizer = case.make(params)
+        for step in range(10):
+            set_gradients(params, step)
+            for param in params:
+                param.grad = param.grad.half().to(dtype)
+            optimizer.step()
         results[dtype] = params
     for half, full in zip(results[torch.float16], results[torch.float32], strict=True):
         assert half.dtype is torch.float16
-        assert half.numel() == 0 or (half - full).abs().max() <= 10 * 2**-12 * full.abs().max()
+        assert half.numel() == 0 or (half - full).abs().max() <= 10 * 2**-11 * full.abs().max()

@@ -135,7 +135,6 @@ def test_embeddings_and_the_head_get_adamw_at_lr_times_scale():
         ({"nesterov": True}, "^nesterov is True and momentum is 0; allowed: "),
         ({"momentum_after": True}, "^momentum_after is True and momentum is 0; allowed: "),
         ({"norms": ("row",), "eps": 1e-8}, "^eps is 1e-08 and norms is .*; allowed with eps: 'row' and 'col' in turns"),
-        ({"norms": ("row", "spectral")}, r"^norms is \('row', 'spectral'\); allowed: .*'spectral' is not there yet"),
     ],
 )
 def test_options_that_make_no_sense_together_are_refused(options, message):
