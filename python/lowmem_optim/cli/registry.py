@@ -21,8 +21,10 @@ from lowmem_optim.routed import RoutedOptimizer
 #   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
 #   AdaLomo: 0.02 1.728, 0.05 1.667, 0.1 1.804
 #   Adafactor without scale_parameter: 1e-3 1.788, 2e-3 1.784, 4e-3 1.833; with it the rule is AdaLomo's: 0.05 1.666
-# Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME; MNGD and
-# SinkGD, which with the paper's rate, 0.02, has 1.799.
+#   SinkGD: 0.02 1.799, 0.04 1.782, 0.08 1.965; with iterations=1 0.04 1.773, 0.08 1.833
+#   SWAN: 0.02 1.742, 0.04 1.568
+#   MNGD with norms=("row",), iterations=1: 0.04 1.802; as it comes it is SinkGD
+# Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME.
 LEARNING_RATES = {
     "AdamW": 2e-3,
     "Lomo": 0.5,
@@ -31,6 +33,9 @@ LEARNING_RATES = {
     "Adafactor": 2e-3,
     "TorchAdafactor": 0.05,
     "torch.Adafactor": 0.05,
+    "SinkGD": 0.04,
+    "SWAN": 0.04,
+    "MNGD": 0.04,
 }
 
 # Arguments without which the rate above is not taken, or not what it says
