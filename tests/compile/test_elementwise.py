@@ -1,36 +1,14 @@
 """Elementwise kernels compile for every target, without spills, with 16-byte accesses and 64-bit addresses."""
 
 import re
-from functools import cache
 
-import pytest
+from compiling import chosen, compiled, inspected, over
+from lowmem_kernels.testing.aot import CompileCase, narrow_offsets
 
-from lowmem_kernels.testing import compile_cases
-from lowmem_kernels.testing.aot import TARGETS, CompileCase, compile_case, inspect_kernel, narrow_offsets
-
-CASES = {
-    (target, case.name): case
-    for target, gpu in TARGETS.items()
-    for case in compile_cases(warp_size=gpu.warp_size)
-    if case.name.startswith(("adamw", "scaled_update", "grad_stats"))
-}
+CASES = chosen(lambda target, name: name.startswith(("adamw", "scaled_update", "grad_stats")))
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 
-# compiling and disassembling take a second each: with --dist loadgroup one worker runs all tests of a case
-every_case = pytest.mark.parametrize(
-    ("target", "name"),
-    [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
-)
-
-
-@cache
-def compiled(target: str, name: str):
-    return compile_case(CASES[target, name], target)
-
-
-@cache
-def inspected(target: str, name: str):
-    return inspect_kernel(compiled(target, name), target)
+every_case = over(CASES)
 
 
 def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:

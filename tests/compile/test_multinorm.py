@@ -1,44 +1,24 @@
 """The multi-normalization kernel compiles for every target: registers, 16-byte accesses, 64-bit addresses."""
 
-from functools import cache
-
-import pytest
-
+from compiling import chosen, compiled, inspected, over
 from lowmem_kernels.multinorm.fields import SLAB
-from lowmem_kernels.testing import compile_cases
-from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel, narrow_offsets
+from lowmem_kernels.testing.aot import TARGETS, narrow_offsets
 
 #: A case takes five seconds to compile: those that differ least from others are left to `make report`, and targets
 #: other than the H100's compile what differs most.
 LEFT_OUT = ("rows_of_64", "row_of_11008_only", "momentum_after", "fp16-rows_of_4096")
 FEW = ("multinorm-bf16-rows_of_4096", "multinorm-bf16-strided")
-CASES = {
-    (target, case.name): case
-    for target, gpu in TARGETS.items()
-    for case in compile_cases(warp_size=gpu.warp_size)
-    if case.name.startswith("multinorm")
-    and (not case.name.endswith(LEFT_OUT) if target == "sm_90" else case.name in FEW)
-}
+CASES = chosen(
+    lambda target, name: (
+        name.startswith("multinorm") and (not name.endswith(LEFT_OUT) if target == "sm_90" else name in FEW)
+    )
+)
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 #: A few numbers that do not fit into 128 registers: 16384 columns to a program; noise of elements that are not counted
 #: as they lie; a momentum beside the scales.
 FEW_SPILLS = ("rows_of_11008", "transposed", "table")
 
-# with --dist loadgroup one worker runs all tests of a case
-every_case = pytest.mark.parametrize(
-    ("target", "name"),
-    [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
-)
-
-
-@cache
-def compiled(target: str, name: str):
-    return compile_case(CASES[target, name], target)
-
-
-@cache
-def inspected(target: str, name: str):
-    return inspect_kernel(compiled(target, name), target)
+every_case = over(CASES)
 
 
 @every_case

@@ -1,13 +1,9 @@
 """Whitening kernels compile for every target: tensor cores, 16-byte accesses, no spills on sm_90, 64-bit addresses."""
 
 import re
-from functools import cache
 
-import pytest
-
-from lowmem_kernels.testing import compile_cases
-from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel, narrow_offsets
-from lowmem_kernels.testing.whitening_specializations import advance_case
+from compiling import chosen, compiled, inspected, over
+from lowmem_kernels.testing.aot import narrow_offsets
 
 KERNELS = ("row_stats", "gram", "whiten_apply", "whitened")
 #: What is compiled for other targets than sm_90, of which every case is.
@@ -15,30 +11,14 @@ FEW = ("row_stats-bf16-aligned", "row_stats-bf16-strided", *(
     f"{kind}-bf16-{rest}" for kind in ("gram", "whiten_apply")
     for rest in ("aligned-left-128-exact", "aligned-right-128-exact", "aligned-right-128-fast", "strided-left-64-exact")
 ))  # fmt: skip
-CASES = {
-    (target, case.name): case
-    for target, gpu in TARGETS.items()
-    for case in [*compile_cases(warp_size=gpu.warp_size), advance_case()]
-    if case.name == "advance-fp32-aligned"
-    or (case.name.startswith(KERNELS) and (target == "sm_90" or case.name in FEW))
-}
+CASES = chosen(
+    lambda target, name: (
+        name == "advance-fp32-aligned" or (name.startswith(KERNELS) and (target == "sm_90" or name in FEW))
+    )
+)
 BITS = {"bf16": 16, "fp32": 32}
 
-# compiling and disassembling take seconds each: with --dist loadgroup one worker runs all tests of a case
-every_case = pytest.mark.parametrize(
-    ("target", "name"),
-    [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in CASES],
-)
-
-
-@cache
-def compiled(target: str, name: str):
-    return compile_case(CASES[target, name], target)
-
-
-@cache
-def inspected(target: str, name: str):
-    return inspect_kernel(compiled(target, name), target)
+every_case = over(CASES)
 
 
 @every_case
