@@ -140,7 +140,7 @@ def _normalized(grads: Sequence[Tensor], rule: NormRule, transform: GradTransfor
         weight_decay=0.0,
         sign=sign,
         conv=rule.conv,
-        transform=replace(transform, found_inf=None, skip_nonfinite=False, skipped=None),
+        transform=replace(transform, skip_nonfinite=False),
         backend=backend,
     )
     if sign and transform.skip_nonfinite:

@@ -5,9 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_kernels.whitening import reference
 from lowmem_optim import MNGD, SWAN, spectral
-from lowmem_optim.cli.measure import temporary_bytes
 from optim.every import both_dtypes
 from optim.multinorm import multi_norm
 from optim.tensors import assert_same_bits, assert_same_states, copies, make_params, states_of, take_steps, values
@@ -220,22 +218,35 @@ def test_false_lets_nan_reach_the_parameter(norms, iterations):
 
 @pytest.mark.parametrize("norms", [("col", "spectral"), ("spectral", "row"), ("col", "spectral", "row", "spectral")])
 def test_parts_change_no_bit_and_bound_what_is_allocated(norms, monkeypatch):
-    """All at once need at least one float32 matrix for each parameter; one after the other, two and some blocks."""
-    monkeypatch.setattr(reference, "BLOCK", 1 << 17)
-    count, size, results, temporaries = 12, 4 * 64 * (1 << 14), [], []
-    for at_a_time in (1 << 25, 1):
+    """Matrices in the place of gradients are made for at most AT_A_TIME elements, or for one parameter."""
+    sizes, made = [], {name: getattr(spectral, name) for name in ("whitened", "_normalized")}
+    for name, make in made.items():
+
+        def measured(grads, *args, make=make, **options):
+            sizes.append([grad.numel() for grad in grads])
+            return make(grads, *args, **options)
+
+        monkeypatch.setattr(spectral, name, measured)
+    results = []
+    for at_a_time, expected in ((1 << 25, [240, 400, 96, 240, 96]), (500, [240]), (640, [240, 400])):
         monkeypatch.setattr(spectral, "AT_A_TIME", at_a_time)
-        params = [nn.Parameter(values(64, 1 << 14, seed=i).bfloat16()) for i in range(count)]
+        sizes.clear()
+        shapes = [(12, 20), (20, 20), (8, 12), (20, 12), (12, 8)]
+        params = [nn.Parameter(values(*shape, seed=i).bfloat16()) for i, shape in enumerate(shapes)]
         for i, param in enumerate(params):
-            param.grad = values(64, 1 << 14, seed=20 + i).bfloat16()
-        optimizer = MNGD(params, norms=norms, iterations=1, seed=7)
-        optimizer.step()
-        temporaries.append(temporary_bytes(optimizer.step, torch.device("cpu")))
+            param.grad = conditioned(*param.shape, seed=20 + i).bfloat16()
+        MNGD(params, norms=norms, iterations=1, seed=7).step()
+        assert sizes[0] == expected
+        assert all(sum(part) <= at_a_time for part in sizes)
         results.append(params)
-    assert_same_bits(*results)
-    if None not in temporaries:
-        assert temporaries[0] > count * size
-        assert temporaries[1] < 0.5 * count * size
+    assert_same_bits(results[0], results[1])
+    assert_same_bits(results[0], results[2])
+
+
+def test_a_large_parameter_is_a_part_by_itself():
+    params = [torch.empty(shape, device="meta") for shape in ((10, 10), (9000, 9000), (10, 10), (10, 10))]
+    assert [*spectral._parts(params)] == [slice(0, 1), slice(1, 2), slice(2, 4)]
+    assert [*spectral._parts(params[:1])] == [slice(0, 1)]
 
 
 @pytest.mark.parametrize(
