@@ -22,7 +22,7 @@ from lowmem_optim.routed import RoutedOptimizer
 #   AdaLomo: 0.02 1.728, 0.05 1.667, 0.1 1.804
 #   Adafactor without scale_parameter: 1e-3 1.788, 2e-3 1.784, 4e-3 1.833; with it the rule is AdaLomo's: 0.05 1.666
 #   SinkGD: 0.02 1.799, 0.04 1.782, 0.08 1.965; with iterations=1 0.04 1.773, 0.08 1.833
-#   SWAN: 0.02 1.742, 0.04 1.568
+#   SWAN: 0.02 1.742, 0.04 1.568, 0.08 1.508
 #   MNGD with norms=("row",), iterations=1: 0.04 1.802; as it comes it is SinkGD
 # Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME.
 LEARNING_RATES = {
@@ -34,7 +34,7 @@ LEARNING_RATES = {
     "TorchAdafactor": 0.05,
     "torch.Adafactor": 0.05,
     "SinkGD": 0.04,
-    "SWAN": 0.04,
+    "SWAN": 0.08,
     "MNGD": 0.04,
 }
 
