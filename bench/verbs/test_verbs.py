@@ -17,7 +17,7 @@ DEVICE = torch.device(find_device("auto"))
 MODEL = {"cpu": "llama-60m", "cuda": "llama-7b"}[DEVICE.type]
 ROUNDS = 20
 #: Of testing.verbs those that differ in what they compute; with the sum of p² that an optimizer carries.
-VERBS = ("adamw", "scaled_update", "grad_stats", "adafactor, RMS(p) carried", "came")
+VERBS = ("adamw", "scaled_update", "grad_stats", "adafactor, RMS(p) carried", "came", "sinkgd")
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
