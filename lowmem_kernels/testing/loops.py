@@ -57,12 +57,16 @@ class _Instruction:
 def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) -> list[TileLoop]:
     """List the tile loops of a case compiled for TARGETS[target_name], in the order of their code.
 
+    A tile is as large as the constants BLOCK_* say, and in a function apply_* as APPLY_* do if there are any.
+
     Raises KeyError for an unknown target, and ValueError if the code has no bulk access in a loop.
     """
     amd = TARGETS[target_name].backend == "hip"
-    shape = [value for name, value in case.constexprs.items() if name.startswith("BLOCK")]
-    elements = math.prod(shape) // (case.options["num_warps"] * TARGETS[target_name].warp_size)
-    bulk = _bulk_lines(compiled, shape)
+    block, applied = (
+        [value for name, value in case.constexprs.items() if name.startswith(prefix)] for prefix in ("BLOCK", "APPLY")
+    )
+    threads = case.options["num_warps"] * TARGETS[target_name].warp_size
+    bulk = _bulk_lines(compiled, block) | (_bulk_lines(compiled, applied) if applied else set())
     code, labels = _parse(compiled.asm["amdgcn"] if amd else disassembled(compiled.asm["cubin"]), amd)
     access = amd_access if amd else nvidia_access
     paths = _source_files(case, compiled)
@@ -75,9 +79,10 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     for loop in _innermost(_loops(code, labels), bulk_accesses.keys()):
         inside = Counter(accessed for i, accessed in bulk_accesses.items() if i in loop)
         if name := _name((code[i].line for i in loop), paths):
-            found.append(TileLoop(name, len(loop), elements, **by_kind(inside)))
+            shape = applied if applied and name.startswith("apply") else block
+            found.append(TileLoop(name, len(loop), math.prod(shape) // threads, **by_kind(inside)))
     if not found:
-        raise ValueError(f"{case.name}: no loop with a load or store of a tile of {shape}")
+        raise ValueError(f"{case.name}: no loop with a load or store of a tile of {block}")
     return found
 
 

@@ -90,7 +90,12 @@ def load_x(
     SKIP_NONFINITE: tl.constexpr, SIGN: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr,
 ):  # fmt: skip
     """(x, the new momentum) of a tile: what is normalized. The second counts where MOMENTUM is "before"."""
-    g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
+    _scale, clip_value, _clip_coef = gradient
+    if SIGN or clip_value is not None:
+        g = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
+    else:
+        # a NaN or Inf shows in the sums of its line, and in the update
+        g = load_gradient(g_ptrs, mask, gradient, False)
     x = g
     moved = g
     if MOMENTUM == "before":
