@@ -22,7 +22,7 @@ from ..tickets import Order, plan_order
 from .checks import vector_shapes
 from .fields import COLUMNS, FIELDS
 from .kernels import _multinorm_kernel
-from .rule import NormRule, keeps_elements, steps_of, sweeps_of
+from .rule import NormRule, Sweep, keeps_elements, steps_of, sweeps_of
 from .schedule import MultinormSchedule, Route, schedules_of
 
 
@@ -147,7 +147,8 @@ def _launch(
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
     momentum = "none" if exp_avgs is None else "after" if rule.momentum_after else "before"
-    for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), rule, plan_order(facts)):
+    keys, writes = rounding.keys(len(params)), arguments["WRITE"]
+    for schedule in _schedules(params, grads, aligned, keys, rule, writes, plan_order(facts)):
         route, scratch = schedule.route, torch.empty(schedule.scratch, dtype=torch.float32, device=device)
         launch_schedule(
             _multinorm_kernel, schedule, params, where, scratch,
@@ -168,7 +169,8 @@ def rule_arguments(rule: NormRule, route: Route) -> dict[str, Any]:
     first_plain = any(sweep.sums == "cross" and not sweep.line for sweep in sweeps[crossing : crossing + 1])
     total = bool(sweeps) and sweeps[-1].sums == "total"
     return {
-        "sweeps": len(sweeps),
+        "sweeps": 0 if route.whole else len(sweeps),
+        "pairs": sum(sweep == Sweep(True, "cross") for sweep in sweeps),
         "SIGN": steps_of(rule.norms).sign,
         "CLAMP": rule.eps is not None,
         "HAS_THRESHOLD": bool(rule.row_threshold),
@@ -177,7 +179,8 @@ def rule_arguments(rule: NormRule, route: Route) -> dict[str, Any]:
         "FIRST_LINE": crossing + first_plain,
         "FIRST_CROSS": crossing,
         "LAST_LINE": last_line,
-        "SWEEPS": bool(sweeps),
+        "SWEEPS": bool(sweeps) and not route.whole,
+        "WHOLE": route.whole,
         "CONTIGUOUS": route.contiguous,
         "ROWS": route.rows,
         "RESIDENT": route.resident,
@@ -202,14 +205,16 @@ def _schedules(
     aligned: np.ndarray,
     keys: tuple[int, ...],
     rule: NormRule,
+    writes: bool,
     order: Order,
 ) -> tuple[MultinormSchedule, ...]:
     strides, itemsize = strides_of(params, grads), grads[0].itemsize
 
     def make() -> tuple[MultinormSchedule, ...]:
-        return _schedules_of(geometries_of(params, strides), tuple(aligned.tolist()), keys, rule, itemsize, order)
+        geometries = geometries_of(params, strides)
+        return _schedules_of(geometries, tuple(aligned.tolist()), keys, rule, writes, itemsize, order)
 
-    return remembered([params], ("multinorm", strides, aligned.tobytes(), keys, rule, itemsize, order), make)
+    return remembered([params], ("multinorm", strides, aligned.tobytes(), keys, rule, writes, itemsize, order), make)
 
 
 # for plain lists, of which nothing is remembered

@@ -11,7 +11,7 @@ from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vec
 from ..table import Layout, collapse
 from ..tickets import Order, Stage
 from .fields import FIELDS, SLAB
-from .rule import NormRule, Sweep, sweeps_of
+from .rule import NormRule, Sweep, keeps_elements, sweeps_of
 
 #: Groups of lines of a parameter at most. Each has its own sums over lines, 4 bytes for each place, written once in a
 #: read and added up once: 0.5 bytes for each element of a 4096 x 4096 matrix, all in the L2 cache. 256 groups are about
@@ -46,7 +46,7 @@ class Route(NamedTuple):
 
     layout: what may be assumed of its tensors.
     rows: whether lines are rows (else columns), contiguous: whether they lie in one piece.
-    tile: of the reads; resident: whether it has whole lines.
+    tile: of the reads; resident: whether it has whole lines; whole: whether it has the whole matrix, and reads it once.
     apply_tile: of the last read.
     """
 
@@ -56,6 +56,7 @@ class Route(NamedTuple):
     tile: Shape
     resident: bool
     apply_tile: Shape
+    whole: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -74,13 +75,24 @@ def matrix_shape(shape: tuple[int, ...], conv: bool) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
-def route_of(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
-    """Return how a parameter is looked at.
+def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = True) -> Route:
+    """Return how a parameter is looked at: as a whole, if it is a single matrix that fits into a tile.
 
     Lines are what lies in one piece: the rows, or the columns of a matrix that is transposed in memory. Lines across
     are taken where they are short enough (512 elements) that a tile of whole ones has 16 side by side, and save a read,
     or the others are too long to be held.
     """
+    route = _route_of_lines(geometry, aligned, rule)
+    matrices, n, m = matrix_shape(geometry.shape, rule.conv)
+    lines, length = (n, m) if route.rows else (m, n)
+    tile = Shape(1 << max(lines - 1, 0).bit_length(), _power(length))
+    fits = matrices == 1 and math.prod(tile) <= (RESIDENT_ELEMENTS if route.layout.aligned else RAGGED_ELEMENTS)
+    if fits and writes and not keeps_elements(rule) and route.contiguous:
+        return route._replace(tile=tile, resident=True, apply_tile=tile, whole=True)
+    return route
+
+
+def _route_of_lines(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
     _, n, m = matrix_shape(geometry.shape, rule.conv)
     transposed = _is_transposed(geometry, rule.conv)
     if geometry.strides is not None and not transposed:
@@ -146,6 +158,7 @@ def schedules_of(
     aligned: Sequence[bool],
     keys: Sequence[int],
     rule: NormRule,
+    writes: bool,
     itemsize: int,
     order: Order,
 ) -> tuple[MultinormSchedule, ...]:
@@ -155,16 +168,17 @@ def schedules_of(
         geometries: of the parameters.
         aligned: whether all tensors of a parameter that are read in tiles start at multiples of 16 bytes.
         keys: of the parameters' rounding noise.
-        rule: of which norms and momentum matter.
+        rule: of which norms matter.
+        writes: whether parameters are written, or only scales, which takes no matrix as a whole.
         itemsize: bytes of a gradient's element.
         order: of the tickets.
     """
     kinds: dict[Route, list[int]] = {}
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
-        kinds.setdefault(route_of(geometry, starts_aligned, rule), []).append(i)
+        kinds.setdefault(route_of(geometry, starts_aligned, rule, writes), []).append(i)
     schedules = []
     for route, members in kinds.items():
-        sweeps, _ = sweeps_of(rule, "row" if route.rows else "col")
+        sweeps = () if route.whole else sweeps_of(rule, "row" if route.rows else "col")[0]
         rows = [_Row(geometries[i], route, sweeps, rule.conv) for i in members]
         if not sweeps:
             # nothing waits for anything, shared scratch included

@@ -18,7 +18,7 @@ _DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _SIGNATURE = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
     "found_inf": "*fp32",
-    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps"), "i32"),
+    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps", "pairs"), "i32"),
     **dict.fromkeys(("lr", "update_scale", "weight_decay", "momentum", "one_minus_momentum", "eps"), "fp32"),
     "row_threshold": "fp32", "scale": "fp32", "inv_scale": "*fp32", "clip_coef": "*fp32",
 }  # fmt: skip
@@ -58,6 +58,11 @@ def multinorm_cases(warp_size: int) -> Iterator[CompileCase]:
     yield _case("multinorm-bf16-scales_only", "bf16", geometry, _SINKGD, warp_size, **scales)
 
 
+def whole_case(warp_size: int) -> CompileCase:
+    """Return the specialization for matrices that a program holds, apart: no loop of it reads or writes a tile."""
+    return _case("multinorm-bf16-whole", "bf16", Geometry((64, 128), None), _TABLE, warp_size)
+
+
 def _case(name: str, dtype: str, geometry: Geometry, rule: NormRule, warp_size: int, **flags: Any) -> CompileCase:
     route = route_of(geometry, True, rule)
     arguments = rule_arguments(rule, route)
@@ -66,7 +71,7 @@ def _case(name: str, dtype: str, geometry: Geometry, rule: NormRule, warp_size: 
         "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
         "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True, "MOMENTUM": momentum,
         "NESTEROV": rule.nesterov, "GIVEN": False, "OFFSETS": False, "KEEP": keeps_elements(rule), "WRITE": True,
-        "clip_value": None, **{key: value for key, value in arguments.items() if key != "sweeps"}, **flags,
+        "clip_value": None, **{key: value for key, value in arguments.items() if key.isupper()}, **flags,
     }  # fmt: skip
     return CompileCase(
         name=name,

@@ -13,7 +13,9 @@ from torch import Tensor
 from ..elementwise import adamw_, grad_stats, scaled_update_
 from ..factored import FactoredRule, confidence_update_, factored_update_
 from ..multinorm import NormRule, sinkhorn_update_
+from ..multinorm.schedule import route_of
 from ..options import Rounding
+from ..schedules import Geometry
 from .cases import bytes_moved, cached_bytes
 
 _LR = {"lr": 1e-3, "weight_decay": 0.01}
@@ -93,6 +95,8 @@ def make_call(
             # RMS(p) needs p whatever its shape, and a floor under a V that is kept in full needs no further look
             read += numel * dtype.itemsize * (rule == "factored_scaled")
             rule = f"{rule.partition('_')[0]}_vector"
+        if isinstance(verb.rule, NormRule) and route_of(Geometry(shape, None), True, verb.rule).whole:
+            rule = "held"
         moved = bytes_moved(rule, numel, dtype.itemsize, state)
         read, written = read + moved[0], written + moved[1]
         cached += cached_bytes(rule, numel, dtype.itemsize)

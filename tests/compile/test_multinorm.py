@@ -16,7 +16,7 @@ CASES = chosen(
 BITS = {"bf16": 16, "fp16": 16, "fp32": 32}
 #: A few numbers that do not fit into 128 registers: 16384 columns to a program; noise of elements that are not counted
 #: as they lie; a momentum beside the scales.
-FEW_SPILLS = ("rows_of_11008", "transposed", "table")
+FEW_SPILLS = ("rows_of_11008", "transposed", "table", "whole")
 
 every_case = over(CASES)
 

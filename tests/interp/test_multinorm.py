@@ -82,11 +82,13 @@ def test_routes():
             route = route_of(geometry, aligned, RULES["once"])
             kind = "aligned" if route.layout.aligned else "strided" if route.layout.strided else "ragged"
             lines = "rows" if route.rows else "columns"
-            found.add((kind, lines, route.contiguous, route.resident))
+            found.add((kind, lines, route.contiguous, route.resident, route.whole))
     assert found >= {
-        ("aligned", "rows", True, True), ("aligned", "columns", True, True), ("aligned", "columns", False, True),
-        ("ragged", "rows", True, True), ("ragged", "rows", True, False), ("ragged", "columns", True, True),
-        ("strided", "rows", True, True),
+        ("aligned", "rows", True, True, False), ("aligned", "columns", False, True, False),
+        ("ragged", "rows", True, True, False), ("ragged", "rows", True, False, False),
+        ("ragged", "columns", True, True, False), ("strided", "rows", True, True, False),
+        ("aligned", "rows", True, True, True), ("aligned", "columns", True, True, True),
+        ("ragged", "rows", True, True, True), ("strided", "rows", True, True, True),
     }  # fmt: skip
 
 

@@ -41,7 +41,7 @@ def rows_of(found):
 def test_every_line_and_place_has_one_ticket(name, order):
     rule = RULES[name]
     seen = []
-    for found in schedules_of(GEOMETRIES, [True] * len(GEOMETRIES), range(len(GEOMETRIES)), rule, 2, order):
+    for found in schedules_of(GEOMETRIES, [True] * len(GEOMETRIES), range(len(GEOMETRIES)), rule, True, 2, order):
         segments = found.values[found.segments_start : found.rows_start].reshape(-1, len(SEGMENT))
         tickets = Counter((found.values[: found.segments_start] >> 32).tolist())
         counts = {}
@@ -49,7 +49,7 @@ def test_every_line_and_place_has_one_ticket(name, order):
             fields = dict(zip(SEGMENT, segment, strict=True))
             assert tickets[s] == fields["count"]
             counts[fields["owner"], fields["phase"]] = fields["count"]
-        sweeps, _ = sweeps_of(rule, "row" if found.route.rows else "col")
+        sweeps = () if found.route.whole else sweeps_of(rule, "row" if found.route.rows else "col")[0]
         scratch = []
         for k, (i, row) in enumerate(rows_of(found)):
             seen.append(i)
@@ -107,6 +107,19 @@ def test_routes():
     assert route_of(Geometry((64, 64), ((64, 1), (1, 64))), True, SINKGD).layout == Layout(False, True)
 
 
+def test_a_single_matrix_that_fits_is_held_as_a_whole():
+    """Of 8192 elements with both sizes rounded up to powers of two, 2048 where elements go one by one."""
+    whole = {
+        shape: route_of(Geometry(shape, None), True, rule).whole
+        for shape, rule in [((64, 128), SINKGD), ((65, 128), SINKGD), ((2, 64, 64), SINKGD), ((37, 29), SINKGD),
+                            ((37, 65), SINKGD), ((8192,), SINKGD), ((8200,), SINKGD), ((64, 64), ROW)]
+    }  # fmt: skip
+    assert list(whole.values()) == [True, False, False, True, False, True, False, False]
+    assert route_of(Geometry((64, 128), None), True, SINKGD).tile == (64, 128)
+    assert not route_of(Geometry((64, 128), None), True, SINKGD, writes=False).whole
+    assert route_of(Geometry((64, 64), ((1, 64), (1, 64))), True, SINKGD)[1:3] == (False, True)
+
+
 def test_tiles_have_as_many_elements_as_threads_have_room_for():
     for geometry in (*GEOMETRIES, TRANSPOSED):
         for rule in (SINKGD, ROW, COL):
@@ -114,7 +127,8 @@ def test_tiles_have_as_many_elements_as_threads_have_room_for():
             plan = plan_multinorm(route, 32)
             for tile in (route.tile, route.apply_tile):
                 per_thread = math.prod(tile) // (32 * plan.num_warps)
-                assert 4 <= per_thread <= (32 if route.layout.aligned else 4)
+                assert per_thread <= (32 if route.layout.aligned else 4)
+                assert per_thread >= 4 or route.whole
     assert plan_multinorm(route_of(Geometry((4096, 4096), None), True, SINKGD), 32) == MultinormPlan(8, 128)
     assert plan_multinorm(route_of(Geometry((4096, 11008), None), True, SINKGD), 32) == MultinormPlan(16, 128)
     assert plan_multinorm(route_of(Geometry((4096, 4096), None), True, SINKGD), 64) == MultinormPlan(8, None)
@@ -124,7 +138,7 @@ def test_a_large_model_needs_little_scratch_and_fills_a_gpu():
     """Sums of bundles take turns; a matrix of Llama-7B has 256 tickets in each read."""
     shapes = [shape for shape in model_shapes("llama-7b").values() if len(shape) == 2]
     geometries = [Geometry(shape, None) for shape in shapes]
-    found = schedules_of(geometries, [True] * len(shapes), range(len(shapes)), SINKGD, 2, plan_order(HOPPER))
+    found = schedules_of(geometries, [True] * len(shapes), range(len(shapes)), SINKGD, True, 2, plan_order(HOPPER))
     assert len(found) == 2  # rows of 4096 and of 11008
     elements = sum(map(math.prod, shapes))
     assert sum(4 * each.scratch for each in found) < 0.01 * 2 * elements

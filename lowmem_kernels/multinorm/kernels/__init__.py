@@ -26,21 +26,22 @@ from .constants import (
     STEP_COLUMN,
 )
 from .sweep import closing_tile, finish, sweep_tile
+from .whole import whole_tile
 
 __all__ = ["_multinorm_kernel"]
 
 
-@triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps"])
+@triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps", "pairs"])
 def _multinorm_kernel(
     table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
-    segments_start, rows_start, first_ticket, owners, counters, sweeps,
+    segments_start, rows_start, first_ticket, owners, counters, sweeps, pairs,
     lr, update_scale, weight_decay, momentum, one_minus_momentum, eps, row_threshold,
     scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
     SIGN: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, CLAMP: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr, TOTAL: tl.constexpr, TOTAL_LINE: tl.constexpr, FIRST_LINE: tl.constexpr,
-    FIRST_CROSS: tl.constexpr, LAST_LINE: tl.constexpr, SWEEPS: tl.constexpr, GIVEN: tl.constexpr,
+    FIRST_CROSS: tl.constexpr, LAST_LINE: tl.constexpr, SWEEPS: tl.constexpr, WHOLE: tl.constexpr, GIVEN: tl.constexpr,
     OFFSETS: tl.constexpr, KEEP: tl.constexpr, WRITE: tl.constexpr, RESIDENT: tl.constexpr,
     BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, APPLY_LINES: tl.constexpr, APPLY_PLACES: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +62,7 @@ def _multinorm_kernel(
     m_ptr = column_address(address_ptr, EXP_AVG_COLUMN, STATE, ALIGNED)
 
     wait_for_earlier(counters_ptr, segment_ptr)
-    # without SWEEPS there is only the last read, and nothing else is compiled
+    # without SWEEPS there is only the last read, of WHOLE matrices or of lines, and nothing else is compiled
     if SWEEPS and phase < 2 * sweeps:
         if phase % 2 == 0:
             sweep_tile(
@@ -94,14 +95,22 @@ def _multinorm_kernel(
                 step = tl.load(column_address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
             key = field(at, KEY)
             keys = (stream_key(key, step, 0), stream_key(key, step, 1))
-            rate = scalar_or(lr, 0.0)
-            apply_tile(
-                at, ticket, sweeps, pointers, keys, gradient, (rate * update_scale, rate * weight_decay), momentum,
-                one_minus_momentum, eps, skipped_ptr,
-                PARAM, STATE, ALIGNED, STRIDED, CONTIGUOUS, ROWS, STOCHASTIC, SKIP_NONFINITE, SIGN, MOMENTUM, NESTEROV,
-                CLAMP, HAS_THRESHOLD, TOTAL, FIRST_LINE, FIRST_CROSS, LAST_LINE, GIVEN, OFFSETS, KEEP, WRITE, RESIDENT,
-                APPLY_LINES, APPLY_PLACES,
-            )  # fmt: skip
+            rates = (scalar_or(lr, 0.0) * update_scale, scalar_or(lr, 0.0) * weight_decay)
+            if WHOLE:
+                whole_tile(
+                    at, pairs, (pointers[0], g_ptr, m_ptr), keys, gradient, rates, momentum, one_minus_momentum, eps,
+                    row_threshold,
+                    PARAM, STATE, ALIGNED, STRIDED, CONTIGUOUS, ROWS, STOCHASTIC, SKIP_NONFINITE, SIGN, MOMENTUM,
+                    NESTEROV, CLAMP, HAS_THRESHOLD, TOTAL, TOTAL_LINE, FIRST_LINE > FIRST_CROSS, LAST_LINE,
+                    BLOCK_LINES, BLOCK_PLACES,
+                )  # fmt: skip
+            else:
+                apply_tile(
+                    at, ticket, sweeps, pointers, keys, gradient, rates, momentum, one_minus_momentum, eps, skipped_ptr,
+                    PARAM, STATE, ALIGNED, STRIDED, CONTIGUOUS, ROWS, STOCHASTIC, SKIP_NONFINITE, SIGN, MOMENTUM,
+                    NESTEROV, CLAMP, HAS_THRESHOLD, TOTAL, FIRST_LINE, FIRST_CROSS, LAST_LINE, GIVEN, OFFSETS, KEEP,
+                    WRITE, RESIDENT, APPLY_LINES, APPLY_PLACES,
+                )  # fmt: skip
 
     if arrive(counters_ptr, segment_ptr):
         if SWEEPS and phase == 2 * sweeps - 1:
@@ -109,7 +118,7 @@ def _multinorm_kernel(
         if WRITE and phase == 2 * sweeps:
             step_ptr = column_address(address_ptr, STEP_COLUMN, tl.float32, False)
             ok = 1.0
-            if SWEEPS:
+            if SWEEPS or WHOLE:
                 ok = tl.load(scratch(at, OK), cache_modifier=".cg")
             if ok == 1.0:
                 tl.store(step_ptr, tl.load(step_ptr) + 1.0)

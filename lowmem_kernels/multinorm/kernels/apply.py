@@ -16,6 +16,48 @@ def vector(pointer, e, count, index, mask):
 
 
 @triton.jit
+def write_tile(
+    e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys, rates,
+    momentum, one_minus_momentum,
+    PARAM: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr, KEEP: tl.constexpr,
+):  # fmt: skip
+    """Write a tile of p and m; return how many elements were kept because their update is not finite, where KEEP."""
+    key_p, key_m = keys
+    rate, decay = rates
+    count, length = extent
+    update = x * s[:, None] * t[None, :]
+    old_p = tl.load(p_ptrs, mask=mask, other=0.0)
+    if MOMENTUM == "after" or (MOMENTUM == "before" and KEEP):
+        old_m = tl.load(m_ptrs, mask=mask, other=0.0)
+    if MOMENTUM == "after":
+        moved = lerp(old_m.to(tl.float32), update, one_minus_momentum)
+        update = lerp(update, moved, momentum) if NESTEROV else moved
+    p = old_p.to(tl.float32)
+    new = p - (rate * (update + offset) + decay * p)
+    start = e.to(tl.int64) * (count.to(tl.int64) * length)
+    if ROWS:
+        start += lines.to(tl.int64)[:, None] * length
+        lane = places[None, :]
+    else:
+        start += index
+        lane = tl.zeros((1, 1), tl.int32)
+    new_p = rounded(new, key_p, start, lane, PARAM, STOCHASTIC)
+    skipped = tl.full((), 0, tl.int32)
+    if KEEP:
+        usable = is_finite(new)
+        new_p = tl.where(usable, new_p, old_p)
+        skipped += tl.sum((mask & (usable == 0)).to(tl.int32))
+    tl.store(p_ptrs, new_p, mask=mask)
+    if MOMENTUM != "none":
+        new_m = rounded(moved, key_m, start, lane, STATE, STOCHASTIC)
+        if KEEP:
+            new_m = tl.where(usable, new_m, old_m)
+        tl.store(m_ptrs, new_m, mask=mask)
+    return skipped
+
+
+@triton.jit
 def apply_tile(
     at, ticket, sweeps, pointers, keys, gradient, rates, momentum, one_minus_momentum, eps, skipped_ptr,
     PARAM: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
@@ -31,8 +73,6 @@ def apply_tile(
     arguments. KEEP: elements whose update is not finite are kept.
     """
     p_ptr, g_ptr, m_ptr, line_scale_ptr, cross_scale_ptr, line_offset_ptr, cross_offset_ptr = pointers
-    key_p, key_m = keys
-    rate, decay = rates
     extent = extents(at, ALIGNED, CONTIGUOUS)
     count, length = extent
     size = count.to(tl.int64) * length
@@ -93,36 +133,15 @@ def apply_tile(
                         if not WRITE:
                             tl.store(scratch(at, LINE_SCALE) + e.to(tl.int64) * count + lines, s, mask=inside)
                     if WRITE:
-                        update = x * s[:, None] * t[None, :]
-                        if MOMENTUM == "after" or (MOMENTUM == "before" and KEEP):
-                            old_m = tl.load(m_ptrs, mask=mask, other=0.0)
-                        if MOMENTUM == "after":
-                            moved = lerp(old_m.to(tl.float32), update, one_minus_momentum)
-                            update = lerp(update, moved, momentum) if NESTEROV else moved
+                        offset = 0.0
                         if OFFSETS:
                             a = vector(line_offset_ptr, e, count, lines, inside)
-                            update += a[:, None] + vector(cross_offset_ptr, e, length, places, places < length)[None, :]
+                            offset = a[:, None] + vector(cross_offset_ptr, e, length, places, places < length)[None, :]
                         p_ptrs = e_p_ptr + offsets(at, lines, places, extent, 0, STRIDED, CONTIGUOUS)
-                        old_p = tl.load(p_ptrs, mask=mask, other=0.0)
-                        p = old_p.to(tl.float32)
-                        new = p - (rate * update + decay * p)
-                        start = e.to(tl.int64) * size
-                        if ROWS:
-                            start += lines.to(tl.int64)[:, None] * length
-                            lane = places[None, :]
-                        else:
-                            start += index
-                            lane = tl.zeros((1, 1), tl.int32)
-                        new_p = rounded(new, key_p, start, lane, PARAM, STOCHASTIC)
-                        if KEEP and SKIP_NONFINITE:
-                            usable = is_finite(new)
-                            new_p = tl.where(usable, new_p, old_p)
-                            skipped += tl.sum((mask & (usable == 0)).to(tl.int32))
-                        tl.store(p_ptrs, new_p, mask=mask)
-                        if MOMENTUM != "none":
-                            new_m = rounded(moved, key_m, start, lane, STATE, STOCHASTIC)
-                            if KEEP and SKIP_NONFINITE:
-                                new_m = tl.where(usable, new_m, old_m)
-                            tl.store(m_ptrs, new_m, mask=mask)
+                        skipped += write_tile(
+                            e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys, rates,
+                            momentum, one_minus_momentum,
+                            PARAM, STATE, ROWS, STOCHASTIC, MOMENTUM, NESTEROV, KEEP and SKIP_NONFINITE,
+                        )  # fmt: skip
     if WRITE and KEEP and SKIP_NONFINITE:
         count_skipped(skipped_ptr, skipped)
