@@ -35,7 +35,7 @@ _CASES: dict[str, tuple[str, Geometry, NormRule]] = {
     "multinorm-bf16-rows_of_28672": ("bf16", Geometry((8192, 28672), None), _SINKGD),
     "multinorm-bf16-columns_of_512": ("bf16", Geometry((512, 28672), None), _SINKGD),
     "multinorm-bf16-transposed": ("bf16", Geometry((4096, 4096), ((1, 4096), (1, 4096))), _SINKGD),
-    "multinorm-bf16-ragged": ("bf16", Geometry((4096, 1001), None), _SINKGD),
+    "multinorm-bf16-misaligned": ("bf16", Geometry((4096, 1001), None), _SINKGD),
     "multinorm-bf16-strided": ("bf16", Geometry((4096, 1024), ((1024, 1), (1, 4096))), _SINKGD),
     "multinorm-bf16-row_only": ("bf16", Geometry((4096, 4096), None), NormRule(("row",))),
     "multinorm-bf16-row_of_11008_only": ("bf16", Geometry((4096, 11008), None), NormRule(("row",))),
