@@ -96,6 +96,9 @@ def sweep_tile(
                 single += tl.sum(tl.where(inside, norms, 0.0))
             else:
                 s = line_scales(at, e, lines, inside, squares, has_line, sweep > FIRST_LINE, eps, CLAMP, HAS_THRESHOLD)
+                if CLAMP:
+                    # each warp has read the old scales, which a faster one must not overwrite before
+                    tl.debug_barrier()
                 tl.store(scratch(at, LINE_SCALE) + line_place, s, mask=inside)
                 if is_total:
                     single += tl.sum(tl.where(inside, s * s * squares, 0.0))
