@@ -72,12 +72,18 @@ def sum_of(pointer, count):
 
 
 @triton.jit
-def sum_groups(pointer, groups, spacing, cols, m, SLAB: tl.constexpr):
-    """Column sums over the groups of a matrix, which lie ``spacing`` apart: in their order, 128 at a time as a tree."""
-    total = tl.zeros((SLAB,), tl.float32)
+def sum_groups(pointer, groups, spacing, cols, m, SLAB: tl.constexpr, BOTH: tl.constexpr):
+    """Column sums over the groups of a matrix, which lie ``spacing`` apart: in their order, 128 at a time as a tree.
+
+    Those of each group's first m numbers, and of its second m where BOTH, else 0.
+    """
+    first = tl.zeros((SLAB,), tl.float32)
+    second = tl.zeros((SLAB,), tl.float32)
     for start in range(0, groups, _GROUPS_AT_A_TIME):
         group = start + tl.arange(0, _GROUPS_AT_A_TIME)
         pointers = pointer + group.to(tl.int64)[:, None] * spacing + cols[None, :]
         mask = (group < groups)[:, None] & (cols < m)[None, :]
-        total += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
-    return total
+        first += tl.sum(tl.load(pointers, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+        if BOTH:
+            second += tl.sum(tl.load(pointers + m, mask=mask, other=0.0, cache_modifier=".cg"), 0)
+    return first, second

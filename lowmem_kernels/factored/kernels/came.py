@@ -131,7 +131,7 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_s = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB)
+            sum_s, _none = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, False)
             old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
             c = lerp(old_c, sum_s / n + eps2, weight3)
             tl.store(scratch(at, RES_COL) + e * m + cols, c, mask=cols < m)

@@ -176,8 +176,7 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_q = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB)
-            weighted = sum_groups(partial_ptr + m, groups, 2 * m, cols, m, SLAB)
+            sum_q, weighted = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, True)
             old_c = tl.load(col_ptr + e * m + cols, mask=cols < m, other=0.0)
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)

@@ -164,7 +164,8 @@ def closing_tile(
             for place in range(first_place, end_place, SLAB):
                 places = place + tl.arange(0, SLAB)
                 inside = places < length
-                squares = sum_groups(scratch(at, PARTIAL) + e * groups * length, groups, length, places, length, SLAB)
+                sums_ptr = scratch(at, PARTIAL) + e * groups * length
+                squares, _none = sum_groups(sums_ptr, groups, length, places, length, SLAB, False)
                 old = 1.0
                 if CLAMP:
                     old = cross_scales(at, e, places, inside, sweep > FIRST_CROSS)
