@@ -14,7 +14,6 @@ FIELDS = (
     "group_lines",
     "groups",
     "batch",
-    "tickets",  # of every phase but the closing ones
     "slab_tickets",  # closing tickets of a matrix (or of a batch) where sums over lines are added up
     "slab_width",  # places of such a ticket
     "closing_tickets",  # of the last closing phase

@@ -12,7 +12,7 @@ from .. import blocks as cut
 from ..blocks import Scratch, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
-from .checks import vector_shapes
+from .checks import matrix_shape, vector_shapes
 from .rule import TINY, NormRule, Sweep, keeps_elements, steps_of, sweeps_of
 
 
@@ -234,11 +234,7 @@ class _Update:
 
 def _matrices(tensor: Tensor, conv: bool) -> Tensor:
     """View a tensor as [E, n, m]; a contiguous copy where strides do not allow that."""
-    if tensor.ndim < 2:
-        return tensor.reshape(1, 1, -1)
-    if conv:
-        return tensor.reshape(1, tensor.shape[0], tensor.shape[1:].numel())
-    return tensor.reshape(tensor.shape[:-2].numel(), *tensor.shape[-2:])
+    return tensor.reshape(matrix_shape(tuple(tensor.shape), conv))
 
 
 def _found_inf(transform: GradTransform) -> bool:

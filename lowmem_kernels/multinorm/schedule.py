@@ -10,6 +10,7 @@ from typing import NamedTuple
 from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vectors
 from ..table import Layout, collapse
 from ..tickets import Order, Stage
+from .checks import matrix_shape
 from .fields import FIELDS, SLAB
 from .rule import NormRule, Sweep, keeps_elements, sweeps_of
 
@@ -64,15 +65,6 @@ class MultinormSchedule(Schedule):
     """Parameters of one launch, and how they are looked at."""
 
     route: Route
-
-
-def matrix_shape(shape: tuple[int, ...], conv: bool) -> tuple[int, int, int]:
-    """Return (matrices, rows, columns) of a parameter: see `NormRule.conv`; of fewer than two dimensions one row."""
-    if len(shape) < 2:
-        return 1, 1, math.prod(shape)
-    if conv:
-        return 1, shape[0], math.prod(shape[1:])
-    return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
 def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = True) -> Route:
@@ -235,7 +227,6 @@ class _Row:
             "group_lines": group_lines,
             "groups": groups,
             "batch": batch,
-            "tickets": self._tickets,
             "slab_tickets": slabs,
             "slab_width": SLAB if slabs > 1 else max(length, 1),
             "closing_tickets": self._closing[-1] if sweeps else 0,

@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import lr_scheduler
 
 from lowmem_kernels.elementwise import scaled_update_
-from lowmem_optim import Adafactor, AdamW
+from lowmem_optim import SWAN, Adafactor, AdamW, SinkGD, split_params
 from lowmem_optim.routed import RoutedOptimizer
 from optim.tensors import (
     Unchanged,
@@ -19,6 +19,7 @@ from optim.tensors import (
     make_named_params,
     make_params,
     same_bits,
+    set_gradients,
     states_of,
     take_steps,
 )
@@ -348,3 +349,20 @@ def test_a_fallback_lr_needs_an_lr():
 def test_misspelled_options_are_refused(misspelled, meant):
     with pytest.raises(TypeError, match=f"unknown option '{misspelled}'; did you mean '{meant}'?"):
         MatrixDescent([{"params": make_params(names=("matrix",)), misspelled: 0}])
+
+
+@pytest.mark.parametrize("make", [SinkGD, SWAN])
+def test_embeddings_and_the_head_get_adamw_at_lr_times_scale(make):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(12, 4), nn.Linear(4, 4), nn.Linear(4, 12))
+    optimizer = make(split_params(model), lr=0.1, weight_decay=0.3)
+    others = [nn.Parameter(p) for p in copies([model[0].weight, model[2].weight])]
+    adamw = AdamW(others, lr=0.1 * 0.05, weight_decay=0.3)
+    for step in range(3):
+        set_gradients(list(model.parameters()), step)
+        for param, other in zip((model[0].weight, model[2].weight), others, strict=True):
+            other.grad = param.grad
+        optimizer.step()
+        adamw.step()
+    assert_same_bits([model[0].weight, model[2].weight], others)
+    assert optimizer.state[model[1].weight].keys() == {"step", "uid"}

@@ -5,13 +5,12 @@ import pytest
 import torch
 from torch import nn
 
-from lowmem_optim import MNGD, AdamW, SinkGD, split_params
+from lowmem_optim import MNGD, SinkGD
 from optim.every import both_dtypes
 from optim.multinorm import multi_norm
 from optim.tensors import (
     assert_same_bits,
     assert_same_states,
-    copies,
     make_params,
     set_gradients,
     states_of,
@@ -111,22 +110,6 @@ def test_eps_bounds_every_norm_as_ports_do(eps):
     assert np.linalg.norm(actual - expected) <= 2e-6 * np.linalg.norm(expected)
     exact = update(SinkGD, grad, iterations=3).double().numpy()
     assert (np.linalg.norm(actual - exact) > 1e-3 * np.linalg.norm(exact)) == (eps > 0.01)
-
-
-def test_embeddings_and_the_head_get_adamw_at_lr_times_scale():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(12, 4), nn.Linear(4, 4), nn.Linear(4, 12))
-    optimizer = SinkGD(split_params(model), lr=0.1, weight_decay=0.3)
-    others = [nn.Parameter(p) for p in copies([model[0].weight, model[2].weight])]
-    adamw = AdamW(others, lr=0.1 * 0.05, weight_decay=0.3)
-    for step in range(3):
-        set_gradients(list(model.parameters()), step)
-        for param, other in zip((model[0].weight, model[2].weight), others, strict=True):
-            other.grad = param.grad
-        optimizer.step()
-        adamw.step()
-    assert_same_bits([model[0].weight, model[2].weight], others)
-    assert optimizer.state[model[1].weight].keys() == {"step", "uid"}
 
 
 @pytest.mark.parametrize(

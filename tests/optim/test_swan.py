@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lowmem_kernels.whitening import reference
-from lowmem_optim import MNGD, SWAN, AdamW, split_params
+from lowmem_optim import MNGD, SWAN
 from lowmem_optim.cli.measure import temporary_bytes
 from optim.every import both_dtypes
 from optim.tensors import (
@@ -163,22 +163,6 @@ def test_a_bad_element_keeps_the_whole_stack(stacks, bad):
     assert [torch.equal(p, s) for p, s in zip(params, starts, strict=True)] == [False, True, False]
     assert [optimizer.state[p]["step"].item() for p in params] == [1, 0, 1]
     assert optimizer.nonfinite_count() == 1
-
-
-def test_embeddings_and_the_head_get_adamw_at_lr_times_scale():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Embedding(12, 4), nn.Linear(4, 4), nn.Linear(4, 12))
-    optimizer = SWAN(split_params(model), lr=0.1, weight_decay=0.3)
-    others = [nn.Parameter(p) for p in copies([model[0].weight, model[2].weight])]
-    adamw = AdamW(others, lr=0.1 * 0.05, weight_decay=0.3)
-    for step in range(3):
-        set_gradients(list(model.parameters()), step)
-        for param, other in zip((model[0].weight, model[2].weight), others, strict=True):
-            other.grad = param.grad
-        optimizer.step()
-        adamw.step()
-    assert_same_bits([model[0].weight, model[2].weight], others)
-    assert optimizer.state[model[1].weight].keys() == {"step", "uid"}
 
 
 @both_dtypes

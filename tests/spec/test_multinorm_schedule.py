@@ -144,7 +144,7 @@ def test_a_large_model_needs_little_scratch_and_fills_a_gpu():
     assert sum(4 * each.scratch for each in found) < 0.01 * 2 * elements
     for each in found:
         for _, row in rows_of(each):
-            assert row["tickets"] >= 250
+            assert row["groups"] >= 250
 
 
 def test_limits_are_what_the_comments_say():
