@@ -98,15 +98,6 @@ def check_grads(grads: Sequence[Tensor]) -> None:
         check_list("grads", grads, [g.shape for g in grads], grads[0].device, PARAM_DTYPES, contiguous=False)
 
 
-def matrix_shape(shape: tuple[int, ...], conv: bool) -> tuple[int, int, int]:
-    """Return (matrices, rows, columns) of a parameter: see `NormRule.conv`; of fewer than two dimensions one row."""
-    if len(shape) < 2:
-        return 1, 1, math.prod(shape)
-    if conv:
-        return 1, shape[0], math.prod(shape[1:])
-    return math.prod(shape[:-2]), shape[-2], shape[-1]
-
-
 def vector_shapes(param: Tensor, conv: bool) -> tuple[torch.Size, torch.Size]:
     """Shapes of the vectors that belong to a parameter's rows and to its columns."""
     shape = param.shape

@@ -1,19 +1,12 @@
 """What the host tells the kernels, and where: one list of names for schedule.py, launch.py and the kernels.
 
-A parameter is a stack of ``matrices``. What a program holds as a whole are *lines*: the rows of a matrix, or its
-columns; an element's place in its line is the number of the column, or of the row. A matrix is cut into ``groups`` of
-``group_lines`` lines; a ticket is one group, or ``batch`` whole matrices where they are small. Offsets count float32
-elements from the start of the scratch.
+What a program holds as a whole are lines, see lines.py. Offsets count float32 elements from the start of the scratch.
 """
 
+from ..lines import LINE_FIELDS
+
 FIELDS = (
-    "key",  # tensor_key of the rounding noise
-    "matrices",
-    "lines",
-    "length",
-    "group_lines",
-    "groups",
-    "batch",
+    *LINE_FIELDS,
     "slab_tickets",  # closing tickets of a matrix (or of a batch) where sums over lines are added up
     "slab_width",  # places of such a ticket
     "closing_tickets",  # of the last closing phase
@@ -27,14 +20,6 @@ FIELDS = (
     "factor",  # matrices: sqrt(elements) / norm
     "probe",  # tickets: 0, or NaN where a sum is not finite
     "ok",  # 1 where the parameter is to be updated
-    # of a parameter or gradient that is not contiguous: (size, strides of p, of g and of a contiguous tensor) of the
-    # dimensions of matrices, lines and places, innermost first: where they start in the table, and how many
-    "matrix_dims",
-    "matrix_ndim",
-    "line_dims",
-    "line_ndim",
-    "place_dims",
-    "place_ndim",
 )
 
 #: Addresses of a parameter's tensors; 0 where there is none.

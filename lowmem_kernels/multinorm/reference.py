@@ -10,9 +10,10 @@ from torch import Tensor
 
 from .. import blocks as cut
 from ..blocks import Scratch, read_gradient, store_, sum_is_finite
+from ..lines import matrix_shape
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
-from .checks import matrix_shape, vector_shapes
+from .checks import vector_shapes
 from .rule import TINY, NormRule, Sweep, keeps_elements, steps_of, sweeps_of
 
 

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vectors
-from ..table import Layout, collapse
+from ..lines import cut_lines, is_transposed, line_dims, matrix_shape
+from ..schedules import Geometry, Schedule, Shape, schedule_of, vectors
+from ..table import Layout
 from ..tickets import Order, Stage
-from .checks import matrix_shape
 from .fields import FIELDS, SLAB
 from .rule import NormRule, Sweep, keeps_elements, sweeps_of
 
@@ -86,7 +86,7 @@ def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = T
 
 def _route_of_lines(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
     _, n, m = matrix_shape(geometry.shape, rule.conv)
-    transposed = _is_transposed(geometry, rule.conv)
+    transposed = is_transposed(geometry, rule.conv)
     if geometry.strides is not None and not transposed:
         return _route(Layout(False, True), True, True, m, rule)
     along, across = (n, m) if transposed else (m, n)
@@ -125,24 +125,6 @@ def _power(length: int) -> int:
 
 def _reads(rule: NormRule, rows: bool) -> int:
     return len(sweeps_of(rule, "row" if rows else "col")[0])
-
-
-def _is_transposed(geometry: Geometry, conv: bool) -> bool:
-    """Whether each matrix of parameter and gradient is contiguous once its two dimensions are swapped."""
-    if geometry.strides is None or len(geometry.shape) < 2 or (conv and len(geometry.shape) > 2):
-        return False
-    *outer, n, m = geometry.shape
-    swapped = [*outer, m, n]
-    expected, stride = [0] * len(swapped), 1
-    for dim in reversed(range(len(swapped))):
-        expected[dim] = stride
-        stride *= swapped[dim]
-    expected[-2:] = reversed(expected[-2:])
-    return all(
-        size == 1 or found == wanted
-        for strides in geometry.strides
-        for size, found, wanted in zip(geometry.shape, strides, expected, strict=True)
-    )
 
 
 def schedules_of(
@@ -191,42 +173,36 @@ class _Row:
         self.numel = matrices * lines * length
         if not self.numel:
             matrices, lines = 1, 0
-        self._sweeps, tile = sweeps, route.tile
-        blocks = -(-lines // tile.rows)
-        groups = max(1, min(blocks, MAX_GROUPS // matrices))
-        group_lines = max(1, -(-blocks // groups)) * tile.rows
-        groups = max(1, -(-lines // group_lines))
-        tiles = blocks * -(-max(length, 1) // tile.cols)
-        batch = max(1, SMALL_TILES // max(tiles, 1)) if groups == 1 else 1
-        shares = -(-matrices // batch)
-        slabs = max(1, -(-length // SLAB)) if batch == 1 else 1
-        self._tickets = shares * groups
+        self._sweeps = sweeps
+        cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS)
+        shares = cut.tickets // cut.groups
+        slabs = max(1, -(-length // SLAB)) if cut.batch == 1 else 1
+        self._tickets = cut.tickets
         self._closing = [shares * slabs if sweep.sums == "cross" else shares for sweep in sweeps]
         sums = {sweep.sums for sweep in sweeps}
         sizes = {
             "line_scale": matrices * lines,
             "cross_scale": matrices * length,
-            "group_sum": matrices * groups if sums & {"norms", "total"} else 0,
+            "group_sum": matrices * cut.groups if sums & {"norms", "total"} else 0,
             "line_norm": matrices * lines if "norms" in sums else 0,
             "threshold": matrices if "norms" in sums else 0,
             "factor": matrices if "total" in sums else 0,
             "probe": max([0, *self._closing]),
             "ok": 1,
         }
-        self.partial = vectors(matrices * groups * length) if "cross" in sums else 0
+        self.partial = vectors(matrices * cut.groups * length) if "cross" in sums else 0
         self._offsets, self.scratch = dict[str, int](), 0
         for name, size in sizes.items():
             self._offsets[name] = self.scratch
             self.scratch += vectors(size)
-        self.dims, dims_fields = _dims(geometry, conv)
-        self._dims_fields = dims_fields
+        self.dims, self._dims_fields = line_dims(geometry, route.rows, conv)
         self._fields = {
             "matrices": matrices,
             "lines": lines,
             "length": length,
-            "group_lines": group_lines,
-            "groups": groups,
-            "batch": batch,
+            "group_lines": cut.group_lines,
+            "groups": cut.groups,
+            "batch": cut.batch,
             "slab_tickets": slabs,
             "slab_width": SLAB if slabs > 1 else max(length, 1),
             "closing_tickets": self._closing[-1] if sweeps else 0,
@@ -245,20 +221,3 @@ class _Row:
         starts = {name: dims + start if name.endswith("dims") else start for name, start in self._dims_fields.items()}
         fields = {"key": key, "partial": partial, **self._fields, **offsets, **starts}
         return [fields[name] for name in FIELDS]
-
-
-def _dims(geometry: Geometry, conv: bool) -> tuple[list[int], dict[str, int]]:
-    """(size, stride of p, stride of g) of the dimensions of matrices, lines and places, innermost first, and where
-    each of the three starts among them, and how many it has."""
-    names = ("matrix", "line", "place")
-    if geometry.strides is None:
-        return [], {f"{name}_{what}": 0 for name in names for what in ("dims", "ndim")}
-    shape, (param, grad) = geometry.shape, geometry.strides
-    ends = (0, 0) if len(shape) < 2 else (0, 1) if conv else (len(shape) - 2, len(shape) - 1)
-    dims: list[int] = []
-    fields = {}
-    for name, part in zip(names, (slice(0, ends[0]), slice(*ends), slice(ends[1], None)), strict=True):
-        extents = list(reversed(collapse(shape[part], param[part], grad[part])))
-        fields[f"{name}_dims"], fields[f"{name}_ndim"] = len(dims), len(extents)
-        dims += [number for extent in extents for number in extent]
-    return dims, fields

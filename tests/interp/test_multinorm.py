@@ -5,7 +5,7 @@ import torch
 
 import parity
 from buckets import FP32
-from lowmem_kernels import GradTransform
+from lowmem_kernels import GradTransform, lines
 from lowmem_kernels.multinorm import NormRule, rank1_apply_, schedule, sinkhorn_scales
 from lowmem_kernels.multinorm.schedule import route_of
 from lowmem_kernels.schedules import geometries_of
@@ -140,7 +140,7 @@ def test_a_bad_element(name):
 @pytest.mark.parametrize(("limit", "value"), [("MAX_GROUPS", 2), ("LONGEST", 64), ("SMALL_TILES", 3)])
 def test_larger_groups_and_longer_lines(limit, value, monkeypatch):
     """Groups of several blocks, lines that are read twice, matrices that share a ticket."""
-    monkeypatch.setattr(schedule, limit, value)
+    monkeypatch.setattr(lines if limit == "SMALL_TILES" else schedule, limit, value)
     cases = [Case("wide", (40, 520)), Case("stack", (2, 24, 136)), Case("ragged", (70, 67)), Case("small", (7, 3, 8))]
     for name in ("once", "table", "row"):
         check(RULES[name], cases)

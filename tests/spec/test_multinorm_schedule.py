@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from lowmem_kernels.device import HOPPER
+from lowmem_kernels.lines import matrix_shape
 from lowmem_kernels.multinorm import NormRule, schedule
 from lowmem_kernels.multinorm.fields import FIELDS, SLAB
 from lowmem_kernels.multinorm.launch import MultinormPlan, plan_multinorm
 from lowmem_kernels.multinorm.rule import sweeps_of
-from lowmem_kernels.multinorm.schedule import matrix_shape, route_of, schedules_of
+from lowmem_kernels.multinorm.schedule import route_of, schedules_of
 from lowmem_kernels.schedules import Geometry, geometries_of
 from lowmem_kernels.table import Layout, strides_of
 from lowmem_kernels.testing import SHAPES, make_tensors

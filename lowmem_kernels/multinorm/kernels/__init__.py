@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ...field_fragments import column_address, field, scratch
 from ...fragments import count_skipped, scalar_or, stream_key
+from ...line_fragments import KEY
 from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
 from .apply import apply_tile
 from .constants import (
@@ -18,7 +19,6 @@ from .constants import (
     EXP_AVG_COLUMN,
     FIELDS_SIZE,
     G_COLUMN,
-    KEY,
     OK,
     P_COLUMN,
     ROW_OFFSET_COLUMN,

@@ -5,8 +5,9 @@ import triton.language as tl
 
 from ...field_fragments import by_fours, field32, scratch
 from ...fragments import count_skipped, is_finite, lerp, rounded
-from .constants import FACTOR, GROUPS, LINE_SCALE
-from .tile import cross_scales, extents, line_scales, lines_of, load_x, matrices_of, matrix, offsets
+from ...line_fragments import GROUPS, extents, lines_of, matrices_of, matrix, offsets
+from .constants import FACTOR, LINE_SCALE
+from .tile import cross_scales, line_scales, load_x
 
 
 @triton.jit

@@ -1,16 +1,16 @@
-"""The names of fields.py as constants of the kernels."""
+"""The names of fields.py as constants of the kernels; those of LINE_FIELDS are in line_fragments.py."""
 
 import triton.language as tl
 
+from ...lines import LINE_FIELDS
 from ..fields import COLUMNS, FIELDS
 from ..fields import SLAB as _SLAB
 from ..rule import TINY as _TINY
 
 (
-    KEY, MATRICES, LINES, LENGTH, GROUP_LINES, GROUPS, BATCH, SLAB_TICKETS, SLAB_WIDTH, CLOSING_TICKETS,
+    SLAB_TICKETS, SLAB_WIDTH, CLOSING_TICKETS,
     LINE_SCALE, CROSS_SCALE, PARTIAL, GROUP_SUM, LINE_NORM, THRESHOLD, FACTOR, PROBE, OK,
-    MATRIX_DIMS, MATRIX_NDIM, LINE_DIMS, LINE_NDIM, PLACE_DIMS, PLACE_NDIM,
-) = [tl.constexpr(i) for i in range(len(FIELDS))]  # fmt: skip
+) = [tl.constexpr(i) for i in range(len(LINE_FIELDS), len(FIELDS))]  # fmt: skip
 FIELDS_SIZE = tl.constexpr(len(FIELDS))
 
 (

@@ -5,16 +5,14 @@ import triton.language as tl
 
 from ...field_fragments import by_fours, field, field32, scratch, sum_groups, sum_of
 from ...fragments import is_finite
+from ...line_fragments import GROUPS, LENGTH, LINES, extents, lines_of, matrices_of, matrix, offsets
 from .constants import (
     CLOSING_TICKETS,
     CROSS_SCALE,
     FACTOR,
     GROUP_SUM,
-    GROUPS,
-    LENGTH,
     LINE_NORM,
     LINE_SCALE,
-    LINES,
     OK,
     PARTIAL,
     PROBE,
@@ -23,7 +21,7 @@ from .constants import (
     SLAB_WIDTH,
     THRESHOLD,
 )
-from .tile import cross_scales, extents, line_scales, lines_of, load_x, matrices_of, matrix, offsets, scale_of
+from .tile import cross_scales, line_scales, load_x, scale_of
 
 
 @triton.jit

@@ -5,9 +5,10 @@ import triton.language as tl
 
 from ...field_fragments import scratch
 from ...fragments import is_finite
+from ...line_fragments import extents, matrix, offsets
 from .apply import write_tile
 from .constants import OK
-from .tile import extents, load_x, matrix, offsets, scale_of
+from .tile import load_x, scale_of
 
 
 @triton.jit

@@ -1,0 +1,102 @@
+"""Random projections in torch: the specification of what kernels draw, and what references multiply with.
+
+Entry (i, k) of the projection of an epoch is made of word k % 4 of
+
+    philox4x32(key, k // 4, i, epoch, tag)
+
+where k is the index along the contracted dimension of the whole parameter. A parameter's own projection has the tag 0
+and a key of the run's seed and its uid; one that parameters share has the tag 1 and a key of the seed, the number of
+contracted elements and the rank.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..philox import philox4x32
+from ..rounding import tensor_key
+from .rule import Draw, Sides, projected_scale
+
+OWN, SHARED = 0, 1
+
+#: The least rank at which parameters share a projection.
+SHARED_RANK = 2
+
+#: A word is 2**32 times a number in [0, 1); its upper 24 bits and a half are one in (0, 1), exact in fp32.
+UNIT, HALF_UNIT = 2.0**-24, 2.0**-25
+
+
+def draw_key(seed: int, number: int) -> int:
+    """Return the 64-bit Philox key, as a signed integer, of a seed and a parameter's uid or a shared projection."""
+    high, low = tensor_key(~seed, number), tensor_key(seed, number)
+    return (high - (high >> 31 << 32) << 32) + low
+
+
+def shared_key(seed: int, contracted: int, rank: int) -> int:
+    """Return the key of the projection that all parameters with as many contracted elements share."""
+    return draw_key(seed, contracted << 24 | rank)
+
+
+def is_shared(sides: Sides, source: str) -> bool:
+    """Say whether parameters share their projection."""
+    return sides.rank >= SHARED_RANK and source != "torch"
+
+
+def projection_of(sides: Sides, draw: Draw, uid: int, device: torch.device) -> Tensor:
+    """Return P, unscaled and not to be written to, fp32 [rank, contracted]; the identity where nothing is projected."""
+    if not sides.projected:
+        return torch.eye(sides.contracted, device=device)
+    epoch = int(draw.epoch)
+    if draw.source == "torch":
+        return torch_projection(sides, draw.seed + uid + 1, epoch, device)
+    if is_shared(sides, draw.source):
+        key, tag = shared_key(draw.seed, sides.contracted, sides.rank), SHARED
+    else:
+        key, tag = draw_key(draw.seed, uid), OWN
+    return _entries(key, tag, sides.rank, sides.contracted, epoch, draw.source, device)
+
+
+def scaled(projection: Tensor, sides: Sides) -> Tensor:
+    """Return P as it is applied."""
+    return projection * projected_scale(sides.rank) if sides.projected else projection
+
+
+@lru_cache(maxsize=32)
+def _entries(key: int, tag: int, rank: int, contracted: int, epoch: int, source: str, device: torch.device) -> Tensor:
+    quads = torch.arange(-(-contracted // 4), device=device)
+    words = philox4x32(key, quads, torch.arange(rank, device=device)[:, None], epoch, tag)
+    if source == "rademacher":
+        numbers = [1.0 - 2.0 * (word >> 31) for word in words]
+    else:
+        numbers = [*_normals(*words[:2]), *_normals(*words[2:])]
+    entries = torch.stack(numbers, dim=2).reshape(rank, -1)[:, :contracted]
+    return entries.bfloat16().float()
+
+
+def _normals(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """Two standard normal numbers of two words, by Box and Muller."""
+    first, second = ((word >> 8).float() * UNIT + HALF_UNIT for word in (first, second))
+    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
+    return radius * angle.cos(), radius * angle.sin()
+
+
+@lru_cache(maxsize=512)
+def torch_projection(sides: Sides, seed: int, epoch: int, device: torch.device) -> Tensor:
+    """Return P of the source "torch", unscaled, fp32 [rank, contracted]."""
+    generator = torch.Generator(device).manual_seed(_chained(seed, epoch - 1))
+    shape = (sides.rank, sides.contracted) if sides.right else (sides.contracted, sides.rank)
+    drawn = torch.randn(shape, generator=generator, device=device)
+    return drawn if sides.right else drawn.mT.contiguous()
+
+
+@lru_cache(maxsize=512)
+def _chained(seed: int, links: int) -> int:
+    """The seed that many redraws later: each is the last of 15 numbers that the one before draws."""
+    if links == 0:
+        return seed
+    generator = torch.Generator().manual_seed(_chained(seed, links - 1))
+    return int(torch.randint(0, 2**63 - 1, (15,), generator=generator)[-1])
