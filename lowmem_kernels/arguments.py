@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,11 @@ TRITON_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.f
 def device_scalar(value: float | Tensor) -> float | Tensor:
     """A scalar on the device as it is; a number, or a tensor on the host, as a float: an int would be a new kernel."""
     return value if isinstance(value, Tensor) and value.device.type != "cpu" else float(value)
+
+
+def log_of(beta: float) -> float:
+    """The logarithm of a decay rate, which may be 0: what `fragments.one_minus_power` takes."""
+    return math.log(beta) if beta > 0 else -math.inf
 
 
 def update_arguments(

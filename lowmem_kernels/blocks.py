@@ -37,6 +37,17 @@ def blocks(*tensors: Tensor, start: int = 0) -> Iterator[tuple[int, Sequence[Ten
             yield from blocks(*(t[i : i + rows] if rows else t[i] for t in tensors), start=start + i * row)
 
 
+def row_blocks(matrices: int, rows: int, columns: int) -> Iterator[tuple[slice, slice]]:
+    """Cut matrices into blocks of whole rows: several small matrices, or a part of one. Yields (matrices, rows)."""
+    if not matrices * rows * columns:
+        return
+    count = max(1, min(rows, BLOCK // columns))
+    some = max(1, BLOCK // (rows * columns)) if count == rows else 1
+    for e in range(0, matrices, some):
+        for row in range(0, rows, count):
+            yield slice(e, e + some), slice(row, row + count)
+
+
 class Scratch:
     """fp32 tensors for the temporaries of blocks: those of the last block, wherever they fit.
 
@@ -74,6 +85,11 @@ def read_gradient(grad: Tensor, transform: GradTransform, out: Tensor | None = N
     if transform.clip_coef is not None:
         g = torch.mul(g, transform.clip_coef, out=g if transform.clip_value is not None else out)
     return g, unscaled
+
+
+def found_inf(transform: GradTransform) -> bool:
+    """Say whether nothing is to be written at all."""
+    return transform.found_inf is not None and transform.found_inf.item() != 0
 
 
 def sum_is_finite(x: Tensor) -> bool:

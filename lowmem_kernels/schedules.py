@@ -101,7 +101,7 @@ def schedule_of(
     )
     tickets = ticket_list([row.stages() for row in rows], bundles, frees, order)
     slot = max(sum(rows[k].partial for k in bundle) for bundle in bundles)
-    scratch = SLOTS * slot
+    scratch = min(SLOTS, len(bundles)) * slot
     rows_start = len(tickets.values)
     fields = len(rows[0].values(0, 0, 0, 0))
     dims_start = rows_start + len(rows) * fields

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
+from ..arguments import TRITON_DTYPES, device_scalar, log_of, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
 from ..table import Layout, counters, tables
@@ -75,7 +74,7 @@ def adamw_(
         _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
         # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
-        one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=_log(beta1), log_beta2=_log(beta2),
+        one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=log_of(beta1), log_beta2=log_of(beta2),
         STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else None,
     )  # fmt: skip
 
@@ -134,7 +133,3 @@ def _launch_update(
             )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)
-
-
-def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import blocks, read_gradient, store_, sum_is_finite
+from ..blocks import blocks, found_inf, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 
@@ -84,7 +84,7 @@ def _update_(
     rounding: Rounding,
 ) -> None:
     """Run ``update(step, parameter, gradient, *states)``, which changes fp32 blocks in place, over all tensors."""
-    if transform.found_inf is not None and transform.found_inf.item() != 0:
+    if found_inf(transform):
         return
     for index, (grad, key) in enumerate(zip(grads, rounding.keys(len(grads)), strict=True)):
         step = int(steps[index].add_(1))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ..blocks import Scratch, as_fp32, read_gradient, store_
+from ..blocks import Scratch, as_fp32, found_inf, read_gradient, store_
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .moments import FactoredMoment, Moment, moment_of
@@ -144,7 +144,7 @@ def _clipped(
     scratch: Scratch,
 ) -> Iterator[tuple[int, int, int, Moment]]:
     """(position, step, noise key, moment that has seen the gradient and clips) of all parameters to be updated."""
-    if transform.found_inf is not None and transform.found_inf.item() != 0:
+    if found_inf(transform):
         return
     for i, (param, key) in enumerate(zip(params, rounding.keys(len(params)), strict=True)):
         step = int(steps[i]) + 1

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .. import blocks as cut
-from ..blocks import Scratch, read_gradient, store_, sum_is_finite
+from ..blocks import Scratch, found_inf, read_gradient, row_blocks, store_, sum_is_finite
 from ..lines import matrix_shape
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
@@ -31,7 +30,7 @@ def sinkhorn_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.multinorm.sinkhorn_update_`."""
-    if _found_inf(transform):
+    if found_inf(transform):
         return
     lr, keeps = float(lr), keeps_elements(rule)
     for i, key in enumerate(rounding.keys(len(params))):
@@ -79,7 +78,7 @@ def rank1_apply_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.multinorm.rank1_apply_`."""
-    if _found_inf(transform):
+    if found_inf(transform):
         return
     lr, rule = float(lr), NormRule(norms=("sign",) if sign else ("row",), conv=conv)
     for i, key in enumerate(rounding.keys(len(params))):
@@ -117,14 +116,8 @@ class _X:
         return vector.view(self.matrices, 1, self.m)
 
     def places(self) -> Iterator[tuple[slice, slice]]:
-        """Cut into blocks of whole rows: several small matrices, or a part of one. Yields (matrices, rows)."""
-        if not self.grad.numel():
-            return
-        rows = max(1, min(self.n, cut.BLOCK // self.m))
-        some = max(1, cut.BLOCK // (self.n * self.m)) if rows == self.n else 1
-        for e in range(0, self.matrices, some):
-            for row in range(0, self.n, rows):
-                yield slice(e, e + some), slice(row, row + rows)
+        """Cut into blocks of whole rows: (matrices, rows)."""
+        return row_blocks(self.matrices, self.n, self.m)
 
     def block(self, place: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
         """Return (x, the new momentum) of a block in fp32, which lie in the scratch or are the gradient itself."""
@@ -236,7 +229,3 @@ class _Update:
 def _matrices(tensor: Tensor, conv: bool) -> Tensor:
     """View a tensor as [E, n, m]; a contiguous copy where strides do not allow that."""
     return tensor.reshape(matrix_shape(tuple(tensor.shape), conv))
-
-
-def _found_inf(transform: GradTransform) -> bool:
-    return transform.found_inf is not None and transform.found_inf.item() != 0

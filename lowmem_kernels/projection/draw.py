@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..philox import philox4x32
 from ..rounding import tensor_key
-from .rule import Draw, Sides, projected_scale
+from .rule import Draw, Sides
 
 OWN, SHARED = 0, 1
 
@@ -60,11 +60,6 @@ def projection_of(sides: Sides, draw: Draw, uid: int, device: torch.device) -> T
     return _entries(key, tag, sides.rank, sides.contracted, epoch, draw.source, device)
 
 
-def scaled(projection: Tensor, sides: Sides) -> Tensor:
-    """Return P as it is applied."""
-    return projection * projected_scale(sides.rank) if sides.projected else projection
-
-
 @lru_cache(maxsize=32)
 def _entries(key: int, tag: int, rank: int, contracted: int, epoch: int, source: str, device: torch.device) -> Tensor:
     quads = torch.arange(-(-contracted // 4), device=device)
@@ -93,10 +88,9 @@ def torch_projection(sides: Sides, seed: int, epoch: int, device: torch.device) 
     return drawn if sides.right else drawn.mT.contiguous()
 
 
-@lru_cache(maxsize=512)
 def _chained(seed: int, links: int) -> int:
     """The seed that many redraws later: each is the last of 15 numbers that the one before draws."""
-    if links == 0:
-        return seed
-    generator = torch.Generator().manual_seed(_chained(seed, links - 1))
-    return int(torch.randint(0, 2**63 - 1, (15,), generator=generator)[-1])
+    for _ in range(links):
+        generator = torch.Generator().manual_seed(seed)
+        seed = int(torch.randint(0, 2**63 - 1, (15,), generator=generator)[-1])
+    return seed

@@ -56,7 +56,7 @@ class ApolloRule:
 
 @dataclass(frozen=True)
 class Draw:
-    """Which projections are meant: their entries depend on nothing else, neither on tiles nor on what else is projected.
+    """Which projections are meant. Entries depend on nothing else: not on tiles, nor on what else is projected.
 
     Attributes:
         source: "gaussian": standard normal numbers, rounded to bfloat16. "rademacher": 1 and -1, from rank 8 on.

@@ -14,7 +14,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ..blocks import read_gradient, store_, sum_is_finite
+from ..blocks import found_inf, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .rule import WhiteningRule
@@ -40,7 +40,7 @@ def whiten_(
 ) -> None:
     """As `lowmem_kernels.whitening.whiten_`."""
     lr = float(lr)
-    if transform.found_inf is not None and transform.found_inf.item() != 0:
+    if found_inf(transform):
         return
     for param, grad, step, key in zip(params, grads, steps, rounding.keys(len(params)), strict=True):
         stack = [_Normalized(matrix, rule, transform) for matrix in matrices(grad, rule.conv)]

@@ -1,0 +1,97 @@
+"""Projections on the device: drawn there, once an epoch, and shared by all parameters that can share them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ..device import is_capturing, launching_on, stream_id
+from ..tensors import Tensors, remembered
+from .draw import OWN, SHARED, draw_key, is_shared, shared_key, torch_projection
+from .kernels import _projection_kernel
+from .rule import Draw, Sides
+
+#: Entries of a program that draws: 2 calls of Philox for each thread of 4 warps.
+DRAW_BLOCK, DRAW_WARPS = 1024, 4
+
+_NOTHING_DRAWN = -1
+
+#: What was recorded into CUDA graphs lives as long as the process, since nothing tells when a graph is destroyed.
+_captured: list[Bank] = []
+
+
+class Bank:
+    """The projection of one number of contracted elements and one rank, bfloat16 [rank, contracted]."""
+
+    def __init__(self, contracted: int, rank: int, source: str, key: int, tag: int, device: torch.device) -> None:
+        self.values = torch.empty(rank, contracted, dtype=torch.bfloat16, device=device)
+        self._source, self._key, self._tag = source, key, tag
+        self._drawn = torch.full((), _NOTHING_DRAWN, dtype=torch.int64, device=device)
+        self._epoch: int | None = None
+
+    def draw(self, epoch: int | Tensor) -> None:
+        """Draw the projection of an epoch, if it is not what there is.
+
+        An epoch that lies on the device is compared there: the launch is in every step, and in every replay.
+        """
+        known = isinstance(epoch, int)
+        if known and epoch == self._epoch:
+            return
+        rank, contracted = self.values.shape
+        with launching_on(self.values.device):
+            _projection_kernel[(-(-contracted // DRAW_BLOCK), rank)](
+                self.values, None if known else self._drawn, epoch, self._key, contracted, self._tag,
+                SIGNS=self._source == "rademacher", BLOCK=DRAW_BLOCK, num_warps=DRAW_WARPS, enable_fp_fusion=False,
+            )  # fmt: skip
+        if isinstance(epoch, int):
+            self._epoch = epoch
+            self._drawn.fill_(epoch)
+        else:
+            self._epoch = None
+            self._drawn.copy_(epoch)
+            if is_capturing(self.values.device):
+                _captured.append(self)
+
+
+@lru_cache(maxsize=64)
+def shared_bank(contracted: int, rank: int, source: str, seed: int, device: torch.device, stream: int) -> Bank:
+    """Return what all parameters with as many contracted elements share; it belongs to a stream."""
+    return Bank(contracted, rank, source, shared_key(seed, contracted, rank), SHARED, device)
+
+
+def own_bank(contracted: int, rank: int, source: str, seed: int, uid: int, device: torch.device) -> Bank:
+    """Return a parameter's own projection, which kernels draw without keeping it."""
+    return Bank(contracted, rank, source, draw_key(seed, uid), OWN, device)
+
+
+def projections_of(tensors: Sequence[Tensor], sides: Sequence[Sides], draw: Draw) -> Tensors:
+    """Return the drawn projection of each parameter, None where kernels draw it or nothing is projected."""
+    device, uids = tensors[0].device, draw.uids_of(len(tensors))
+    if draw.source == "torch":
+        epoch = int(draw.epoch)
+
+        def make_all() -> Tensors:
+            return Tensors([
+                torch_projection(side, draw.seed + uid + 1, epoch, device) if side.projected else None
+                for side, uid in zip(sides, uids, strict=True)
+            ])  # fmt: skip
+
+        return remembered([tensors], ("torch projections", draw.seed, tuple(uids), epoch), make_all)
+
+    def make() -> tuple[Tensors, list[Bank]]:
+        shared = [side.projected and is_shared(side, draw.source) for side in sides]
+        found = [
+            shared_bank(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device)) if has else None
+            for side, has in zip(sides, shared, strict=True)
+        ]
+        banks = dict.fromkeys(bank for bank in found if bank is not None)
+        return Tensors([None if bank is None else bank.values for bank in found]), [*banks]
+
+    what = ("banks", tuple(sides), draw.source, draw.seed, stream_id(device))
+    values, banks = remembered([tensors], what, make)
+    for bank in banks:
+        bank.draw(draw.epoch)
+    return values

@@ -1,0 +1,272 @@
+"""Launching the projection kernels: one launch for each route that occurs, and one for each projection to be drawn."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from ..arguments import TRITON_DTYPES, device_scalar, log_of, update_arguments
+from ..blocks import read_gradient
+from ..device import device_facts
+from ..dispatch import interpreting
+from ..options import GradTransform, Rounding
+from ..schedules import geometries_of, launch_schedule
+from ..table import addresses, starts_aligned, strides_of
+from ..tensors import remembered
+from ..tickets import Order, plan_order
+from .banks import own_bank, projections_of, shared_bank
+from .draw import draw_key, is_shared, torch_projection
+from .fields import COLUMNS, FIELDS
+from .kernels import _apollo_kernel
+from .rule import ApolloRule, Draw, Sides, channel_shape, moment_shape, projected_scale, sides_of
+from .schedule import ProjectionSchedule, Route, Work, schedules_of
+
+
+@dataclass(frozen=True)
+class ProjectionPlan:
+    """Warps, stages of the pipeline of products, and in what dtype and precision these are."""
+
+    num_warps: int
+    num_stages: int
+    operand: Any
+    precision: str
+
+
+def plan_projection(route: Route, narrow: bool, warp_size: int) -> ProjectionPlan:
+    """Return the plan of one launch. Sums depend on tiles, which are the route's.
+
+    Projections have the digits of bfloat16, and so bfloat16 gradients are multiplied as they are, by tensor cores.
+    Others, and projections of the source "torch", take three products of TF32 ("tf32x3"), which are as good as fp32;
+    AMD's compiler takes "ieee" only. Triton's interpreter would multiply the bits of bfloat16. ``narrow`` says which.
+    """
+    return ProjectionPlan(
+        num_warps=8 if route.layout.aligned or route.mode == "dot" else 16,
+        num_stages=3 if narrow and warp_size == 32 else 1,
+        operand=tl.bfloat16 if narrow and not interpreting() else tl.float32,
+        precision="ieee" if narrow or warp_size != 32 else "tf32x3",
+    )
+
+
+def takes_bfloat16(grads: Sequence[Tensor], source: str) -> bool:
+    """Say whether gradients and projections both have no more digits than bfloat16."""
+    return bool(grads) and grads[0].dtype is torch.bfloat16 and source != "torch"
+
+
+def apollo_update_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    norms: Sequence[Tensor],
+    epochs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    rule: ApolloRule,
+    draw: Draw,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.projection.apollo_update_`: one launch for each route that occurs."""
+    columns = {
+        "param": params, "grad": grads, "step": steps, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs,
+        "norm": norms, "epoch": epochs,
+    }  # fmt: skip
+    work = Work((0, 1, 2), rule.rank, rule.proj_type, rule.conv, takes_bfloat16(grads, draw.source))
+    beta1, beta2 = rule.betas
+    _launch(
+        columns, work, draw, transform, rounding,
+        lr=device_scalar(lr), weight_decay=float(weight_decay), one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2,
+        log_beta1=log_of(beta1), log_beta2=log_of(beta2), eps=float(rule.eps), root_scale=math.sqrt(rule.scale),
+        growth_limit=float(rule.growth_limit or 0.0), TENSOR=rule.scale_type == "tensor",
+        LIMIT=rule.growth_limit is not None,
+    )  # fmt: skip
+    # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
+    torch.autograd.graph.increment_version(params)
+
+
+def project(
+    grads: Sequence[Tensor], *, rank: int, proj_type: str, conv: bool, draw: Draw, transform: GradTransform
+) -> tuple[list[Tensor], list[Tensor]]:
+    """As `lowmem_kernels.projection.project`: the first read of `apollo_update_`."""
+    projected: list[Tensor] = [torch.empty(0) for _ in grads]
+    squares: list[Tensor] = [torch.empty(0) for _ in grads]
+    work = Work((0,), rank, proj_type, conv, takes_bfloat16(grads, draw.source))
+    given = GradTransform(transform.inv_scale, transform.clip_value, transform.clip_coef, transform.maximize)
+    columns = {"param": grads, "grad": grads}
+    for schedule, scratch in _launch(columns, work, draw, given, Rounding(), **_NO_UPDATE):
+        values = schedule.values[schedule.rows_start :][: len(schedule.members) * len(FIELDS)]
+        for i, row in zip(schedule.members.tolist(), values.reshape(-1, len(FIELDS)), strict=True):
+            shape = tuple(grads[i].shape)
+            squares[i] = _cut_out(scratch, row, "squares", channel_shape(shape, rank, proj_type, conv))
+            if schedule.route.mode == "none":
+                projected[i] = _transformed(grads[i], given)
+            else:
+                moments = moment_shape(shape, ApolloRule(rank, proj_type=proj_type, conv=conv))
+                projected[i] = _cut_out(scratch, row, "projected", moments) * projected_scale(int(row[_RANK]))
+    return projected, squares
+
+
+def channel_apply_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    scales: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    lr: float | Tensor,
+    weight_decay: float,
+    proj_type: str,
+    conv: bool,
+    transform: GradTransform,
+    rounding: Rounding,
+) -> None:
+    """As `lowmem_kernels.projection.channel_apply_`: the last read of `apollo_update_`."""
+    columns = {"param": params, "grad": grads, "step": steps, "scale": scales}
+    arguments = {**_NO_UPDATE, "lr": device_scalar(lr), "weight_decay": float(weight_decay)}
+    _launch(columns, Work((2,), 1, proj_type, conv, False), None, transform, rounding, **arguments)
+    torch.autograd.graph.increment_version(params)
+
+
+def projection_matrix(sides: Sides, *, draw: Draw, device: torch.device) -> Tensor:
+    """Return P, unscaled, of `lowmem_kernels.projection.projection_matrix`."""
+    (uid,) = draw.uids_of(1)
+    if not sides.projected:
+        return torch.eye(sides.contracted, device=device)
+    if draw.source == "torch":
+        return torch_projection(sides, draw.seed + uid + 1, int(draw.epoch), device)
+    if is_shared(sides, draw.source):
+        # not that of the updates, which may be of another epoch
+        bank = shared_bank.__wrapped__(sides.contracted, sides.rank, draw.source, draw.seed, device, 0)
+    else:
+        bank = own_bank(sides.contracted, sides.rank, draw.source, draw.seed, uid, device)
+    bank.draw(draw.epoch)
+    return bank.values.float()
+
+
+#: Arguments of the kernel where it makes no moments.
+_NO_UPDATE: dict[str, Any] = {
+    **dict.fromkeys(("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2"), 0.0),
+    **dict.fromkeys(("eps", "root_scale", "growth_limit"), 0.0), "TENSOR": False, "LIMIT": False,
+}  # fmt: skip
+
+_RANK = FIELDS.index("rank")
+
+#: Columns that are read as tiles.
+_TILED = [COLUMNS.index(name) for name in ("param", "grad", "exp_avg", "exp_avg_sq")]
+
+
+def _launch(
+    columns: dict[str, Sequence[Tensor]],
+    work: Work,
+    draw: Draw | None,
+    transform: GradTransform,
+    rounding: Rounding,
+    **arguments: Any,
+) -> list[tuple[ProjectionSchedule, Tensor]]:
+    """Launch over all parameters; return each schedule with its scratch."""
+    params, grads, exp_avgs = columns["param"], columns["grad"], columns.get("exp_avg")
+    launched: list[tuple[ProjectionSchedule, Tensor]] = []
+    if not params:
+        return launched
+    device = params[0].device
+    facts = device_facts(device)
+    projections, source, draw_keys = None, "gaussian", (0,) * len(params)
+    epoch: int | Tensor = 0
+    if draw is not None:
+        projections, source = projections_of(params, _sides(params, work), draw), draw.source
+        draw_keys, epoch = _draw_keys(draw.seed, tuple(draw.uids_of(len(params)))), draw.epoch
+    where = addresses([columns.get(name, projections if name == "projection" else None) for name in COLUMNS])
+    aligned = starts_aligned(where[:, _TILED])
+    for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), draw_keys, work, plan_order(facts)):
+        route, scratch = schedule.route, torch.empty(schedule.scratch, dtype=torch.float32, device=device)
+        launch_schedule(
+            _apollo_kernel, schedule, params, where, scratch, epoch=epoch,
+            STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
+            **route_arguments(route, work, plan_projection(route, work.narrow, facts.warp_size), source),
+            **update_arguments(params, grads, route.layout, transform, rounding), **arguments,
+        )  # fmt: skip
+        launched.append((schedule, scratch))
+    return launched
+
+
+def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str) -> dict[str, Any]:
+    """Return the kernel's arguments that follow from what is done, and how a parameter is looked at."""
+    return {
+        "projected_scale": projected_scale(work.rank) if route.mode != "none" else 1.0,
+        "PROJECTION": tl.float32 if source == "torch" else tl.bfloat16,
+        "CONTIGUOUS": route.contiguous,
+        "RIGHT": route.right,
+        "LINES_BY_8": route.lines_by_8,
+        "LENGTH_BY_8": route.length_by_8,
+        "RANK_BY_8": route.rank_by_8,
+        "READ": 0 in work.phases,
+        "MOMENTS": 1 in work.phases,
+        "WRITE": 2 in work.phases,
+        "MODE": route.mode,
+        "DRAWN": source != "torch",
+        "OPERAND": plan.operand,
+        "PRECISION": plan.precision,
+        "BLOCK_LINES": route.tile.rows,
+        "BLOCK_PLACES": route.tile.cols,
+        "BLOCK_RANKS": route.ranks,
+        "MOMENT_LINES": route.moment_tile.rows,
+        "MOMENT_RANKS": route.moment_tile.cols,
+        "APPLY_LINES": route.apply_tile.rows,
+        "APPLY_PLACES": route.apply_tile.cols,
+        "num_warps": plan.num_warps,
+        "num_stages": plan.num_stages,
+    }
+
+
+def _sides(tensors: Sequence[Tensor], work: Work) -> tuple[Sides, ...]:
+    def make() -> tuple[Sides, ...]:
+        return tuple([sides_of(tuple(t.shape), work.rank, work.proj_type, work.conv) for t in tensors])
+
+    return remembered([tensors], ("sides", work), make)
+
+
+def _schedules(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    aligned: np.ndarray,
+    keys: tuple[int, ...],
+    draw_keys: tuple[int, ...],
+    work: Work,
+    order: Order,
+) -> tuple[ProjectionSchedule, ...]:
+    strides, itemsize = strides_of(params, grads), grads[0].itemsize
+
+    def make() -> tuple[ProjectionSchedule, ...]:
+        geometries = geometries_of(params, strides)
+        return _schedules_of(geometries, tuple(aligned.tolist()), keys, draw_keys, work, itemsize, order)
+
+    what = ("projection", strides, aligned.tobytes(), keys, draw_keys, work, itemsize, order)
+    return remembered([params], what, make)
+
+
+# for plain lists, of which nothing is remembered
+_schedules_of = lru_cache(maxsize=64)(schedules_of)
+
+
+@lru_cache(maxsize=64)
+def _draw_keys(seed: int, uids: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple([draw_key(seed, uid) for uid in uids])
+
+
+def _transformed(grad: Tensor, transform: GradTransform) -> Tensor:
+    """What stands for its projection, in fp32."""
+    return read_gradient(grad, transform)[0].clone(memory_format=torch.contiguous_format)
+
+
+def _cut_out(scratch: Tensor, row: np.ndarray, name: str, shape: tuple[int, ...]) -> Tensor:
+    start = int(row[FIELDS.index(name)])
+    return scratch[start : start + math.prod(shape)].view(shape).clone()

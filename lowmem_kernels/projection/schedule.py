@@ -1,0 +1,213 @@
+"""How a parameter is looked at, in what tiles, where its scratch lies: pure functions of shapes and strides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from ..lines import cut_lines, is_transposed, line_dims
+from ..schedules import Geometry, Schedule, Shape, schedule_of, vectors
+from ..table import Layout
+from ..tickets import Order, Stage
+from .fields import FIELDS, SUMS
+from .rule import Sides, sides_of
+
+#: Most ranks of a tile of sums: with 128 channels 32768 sums, 128 registers of each thread of 8 warps. Of a higher rank
+#: the gradient is read once for each 256.
+MAX_RANKS = 256
+
+#: Least ranks of a product of matrices (and of AMD's): fewer are padded with zeros.
+MIN_RANKS = 16
+
+#: Tiles of products, channels x contracted: of bfloat16; of other dtypes, which take three products of TF32 and twice
+#: the room; and where elements are accessed one by one, with an address for each.
+DOT_TILE, EXACT_DOT_TILE, RAGGED_DOT_TILE = Shape(128, 64), Shape(64, 32), Shape(32, 32)
+
+#: Tiles of rank 1 and of what is not projected, where the contracted elements of a channel lie in one piece, and where
+#: they do not. 32 elements for each thread of 8 warps, 4 of 16 where elements are accessed one by one.
+TILE, CROSS_TILE, RAGGED_TILE = Shape(32, 256), Shape(64, 128), Shape(16, 128)
+
+#: Tiles of the last read, and of moments: what lies in one piece, and what does not.
+APPLY_TILE, CROSS_APPLY_TILE, RAGGED_APPLY_TILE = Shape(16, 256), Shape(64, 64), Shape(8, 256)
+MOMENT_ELEMENTS, RAGGED_MOMENT_ELEMENTS = 4096, 2048
+
+#: Elements of a ticket of moments: each costs 20 bytes, where one of the first read costs 2.
+MOMENT_TICKET = 32768
+
+#: Bytes of projected gradients of a bundle, unless a single parameter needs more: the scratch has two slots of that
+#: size. 16 matrices of 4096 x 4096 at rank 256 are 512 tickets of the first read, four for each processor of an H100.
+SCRATCH_BYTES = 64 * 2**20
+
+
+class Route(NamedTuple):
+    """How a parameter is looked at; parameters that share it go into one launch.
+
+    layout: what may be assumed of its tensors.
+    lines_by_8, length_by_8, rank_by_8: whether channels, contracted elements and ranks are multiples of 8.
+    right: whether channels are rows (else columns), contiguous: whether a channel lies in one piece.
+    mode: how the first read multiplies. "one": rank 1, by sums; "dot": products of matrices; "none": not at all, the
+        gradient stands for its projection.
+    tile, ranks: of the first read. moment_tile: channels x ranks. apply_tile: of the last read.
+    """
+
+    layout: Layout
+    lines_by_8: bool
+    length_by_8: bool
+    rank_by_8: bool
+    right: bool
+    contiguous: bool
+    mode: str
+    tile: Shape
+    ranks: int
+    moment_tile: Shape
+    apply_tile: Shape
+
+
+@dataclass(frozen=True, eq=False)
+class ProjectionSchedule(Schedule):
+    """Parameters of one launch, and how they are looked at."""
+
+    route: Route
+
+
+class Work(NamedTuple):
+    """What a call does: which of the phases there are (0 reads, 1 makes moments, 2 writes), of what rank.
+
+    narrow: whether products of matrices take bfloat16 as they are.
+    """
+
+    phases: tuple[int, ...]
+    rank: int
+    proj_type: str
+    conv: bool
+    narrow: bool
+
+
+def route_of(geometry: Geometry, aligned: bool, work: Work) -> Route:
+    """Return how a parameter is looked at."""
+    sides = sides_of(geometry.shape, work.rank, work.proj_type, work.conv)
+    transposed = is_transposed(geometry, work.conv)
+    strided = geometry.strides is not None and not transposed
+    contiguous = sides.right != transposed
+    along = sides.contracted if contiguous else sides.channels
+    layout = Layout(aligned and along % 8 == 0 and not strided, strided)
+    mode = "none" if not sides.projected or 0 not in work.phases else "one" if sides.rank == 1 else "dot"
+    ranks = 1 << (sides.rank - 1).bit_length() if sides.rank else 1
+    if mode == "dot":
+        ranks = min(max(ranks, MIN_RANKS), MAX_RANKS)
+        tile = RAGGED_DOT_TILE if not layout.aligned else DOT_TILE if work.narrow else EXACT_DOT_TILE
+    else:
+        tile = RAGGED_TILE if not layout.aligned else TILE if contiguous else CROSS_TILE
+    if layout.aligned:
+        apply_tile = APPLY_TILE if contiguous else CROSS_APPLY_TILE
+    else:
+        apply_tile = RAGGED_APPLY_TILE
+    # of the moments of columns, those of neighbouring channels lie side by side
+    moment_ranks = min(ranks, MAX_RANKS if sides.right else 64)
+    elements = MOMENT_ELEMENTS if layout.aligned else RAGGED_MOMENT_ELEMENTS
+    return Route(
+        layout, sides.channels % 8 == 0, sides.contracted % 8 == 0, sides.rank % 8 == 0, sides.right, contiguous, mode,
+        tile, ranks if mode == "dot" else 1, Shape(elements // moment_ranks, moment_ranks), apply_tile,
+    )  # fmt: skip
+
+
+def schedules_of(
+    geometries: Sequence[Geometry],
+    aligned: Sequence[bool],
+    keys: Sequence[int],
+    draw_keys: Sequence[int],
+    work: Work,
+    itemsize: int,
+    order: Order,
+) -> tuple[ProjectionSchedule, ...]:
+    """Return the schedules of a list of parameters: one for each route that occurs.
+
+    Args:
+        geometries: of the parameters.
+        aligned: whether all tensors of a parameter that are read in tiles start at multiples of 16 bytes.
+        keys: of the parameters' rounding noise.
+        draw_keys: of their own projections.
+        work: what is done.
+        itemsize: bytes of a gradient's element.
+        order: of the tickets.
+    """
+    kinds: dict[Route, list[int]] = {}
+    for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
+        kinds.setdefault(route_of(geometry, starts_aligned, work), []).append(i)
+    schedules = []
+    for route, members in kinds.items():
+        rows = [_Row(geometries[i], route, work, draw_keys[i]) for i in members]
+        if route.mode == "dot" or len(work.phases) == 1:
+            # products need more tickets at a time than a bundle that stays in the L2 cache has
+            order = replace(order, bundle_bytes=1 << 62)
+        frees = 1 if 1 in work.phases else 2
+        limit = SCRATCH_BYTES if 1 in work.phases else 1 << 62
+        schedule = schedule_of(members, rows, [keys[i] for i in members], itemsize, frees, order, limit)
+        schedules.append(ProjectionSchedule(**vars(schedule), route=route))
+    return tuple(schedules)
+
+
+class _Row:
+    """One parameter's fields."""
+
+    def __init__(self, geometry: Geometry, route: Route, work: Work, draw_key: int) -> None:
+        sides = sides_of(geometry.shape, work.rank, work.proj_type, work.conv)
+        matrices, lines, length = sides.matrices, sides.channels, sides.contracted
+        self.numel = matrices * lines * length
+        if not self.numel:
+            matrices, lines = 0, 0
+        self._phases = work.phases
+        cut = cut_lines(matrices, lines, length, _first_tile(route, work), 1 << 30)
+        moments = cut_lines(matrices, lines, sides.rank, _ticket_tile(route, sides), 1 << 30)
+        self._tickets = {0: cut.tickets, 1: moments.tickets, 2: cut.tickets}
+        sizes = {
+            "squares": matrices * lines,
+            "probe": cut.tickets,
+            "channel_scale": matrices * lines,
+            "sums": matrices * moments.groups * SUMS,
+            "factor": matrices,
+            "ok": 1,
+        }
+        self.partial = vectors(matrices * lines * sides.rank) if route.mode != "none" and 0 in work.phases else 0
+        self._offsets, self.scratch = dict[str, int](), 0
+        for name, size in sizes.items():
+            self._offsets[name] = self.scratch
+            self.scratch += vectors(size)
+        self.dims, self._dims_fields = line_dims(geometry, route.right, work.conv)
+        self._fields = {
+            "matrices": matrices,
+            "lines": lines,
+            "length": length,
+            "group_lines": cut.group_lines,
+            "groups": cut.groups,
+            "batch": cut.batch,
+            "draw_key": draw_key,
+            "rank": sides.rank,
+            "probes": cut.tickets,
+            "moment_lines": moments.group_lines,
+            "moment_groups": moments.groups,
+            "moment_batch": moments.batch,
+        }
+
+    def stages(self) -> list[Stage]:
+        """The phases; the last goes backwards: it begins with what was read last."""
+        return [Stage(phase, self._tickets[phase], phase == 2) for phase in self._phases]
+
+    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
+        """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
+        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
+        starts = {name: dims + start if name.endswith("dims") else start for name, start in self._dims_fields.items()}
+        fields = {"key": key, "projected": partial, **self._fields, **offsets, **starts}
+        return [fields[name] for name in FIELDS]
+
+
+def _first_tile(route: Route, work: Work) -> Shape:
+    """The channels of a ticket that reads the gradient, and the places by which small matrices share one."""
+    return route.tile if 0 in work.phases else route.apply_tile
+
+
+def _ticket_tile(route: Route, sides: Sides) -> Shape:
+    """The channels of a ticket of moments: as many tiles as make it worth its while."""
+    tiles = max(1, MOMENT_TICKET // max(1, sides.rank) // route.moment_tile.rows)
+    return Shape(tiles * route.moment_tile.rows, route.moment_tile.cols)
