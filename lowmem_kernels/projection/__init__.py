@@ -81,7 +81,7 @@ def apollo_update_(
         lr: step length, in units of Adam's; a float or a 0-d tensor.
         weight_decay: decoupled, multiplied by lr, of what the update has left.
         rule: rank, scaling, moments and limit.
-        draw: which projections. With ``source="torch"`` each has to be drawn on the host's orders.
+        draw: which projections. ``source="torch"`` waits for the device where the epoch lies there.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, M stream 1, V stream 2.
         backend: "auto", "triton" or "torch".

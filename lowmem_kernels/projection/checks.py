@@ -37,14 +37,12 @@ def check_draw(draw: Draw, rank: int) -> None:
     """Raise ValueError for a source, rank or epoch that is not allowed."""
     _check_choice("source", draw.source, SOURCES)
     if draw.source == "rademacher" and rank < MIN_SIGNS:
-        raise ValueError(f"source is 'rademacher' and rank is {rank}; allowed: rank >= {MIN_SIGNS}")
+        raise ValueError(f"rank is {rank} and source is 'rademacher'; allowed: rank >= {MIN_SIGNS}")
     if isinstance(draw.epoch, Tensor):
         if draw.epoch.dtype is not torch.int64 or draw.epoch.ndim:
             raise ValueError(
                 f"epoch is a {draw.epoch.dtype} tensor of {draw.epoch.ndim} dimensions; allowed: 0-d int64"
             )
-        if draw.source == "torch":
-            raise ValueError("source is 'torch' and epoch is a tensor; allowed: an integer")
     elif draw.epoch < 0:
         raise ValueError(f"epoch is {draw.epoch}; allowed: an integer >= 0")
 

@@ -11,7 +11,6 @@ contracted elements and the rank.
 
 from __future__ import annotations
 
-import math
 from functools import lru_cache
 
 import torch
@@ -19,15 +18,13 @@ from torch import Tensor
 
 from ..philox import philox4x32
 from ..rounding import tensor_key
+from .normal import normals
 from .rule import Draw, Sides
 
 OWN, SHARED = 0, 1
 
 #: The least rank at which parameters share a projection.
 SHARED_RANK = 2
-
-#: A word is 2**32 times a number in [0, 1); its upper 24 bits and a half are one in (0, 1), exact in fp32.
-UNIT, HALF_UNIT = 2.0**-24, 2.0**-25
 
 
 def draw_key(seed: int, number: int) -> int:
@@ -67,16 +64,9 @@ def _entries(key: int, tag: int, rank: int, contracted: int, epoch: int, source:
     if source == "rademacher":
         numbers = [1.0 - 2.0 * (word >> 31) for word in words]
     else:
-        numbers = [*_normals(*words[:2]), *_normals(*words[2:])]
+        numbers = [*normals(*words[:2]), *normals(*words[2:])]
     entries = torch.stack(numbers, dim=2).reshape(rank, -1)[:, :contracted]
     return entries.bfloat16().float()
-
-
-def _normals(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
-    """Two standard normal numbers of two words, by Box and Muller."""
-    first, second = ((word >> 8).float() * UNIT + HALF_UNIT for word in (first, second))
-    radius, angle = (-2 * first.log()).sqrt(), 2 * math.pi * second
-    return radius * angle.cos(), radius * angle.sin()
 
 
 @lru_cache(maxsize=512)

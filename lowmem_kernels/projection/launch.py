@@ -32,16 +32,24 @@ from .schedule import ProjectionSchedule, Route, Work, schedules_of
 
 @dataclass(frozen=True)
 class ProjectionPlan:
-    """Warps, stages of the pipeline of products, and in what dtype and precision these are."""
+    """Warps, registers of a thread (None: as many as it wants), stages of the pipeline of products, their precision."""
 
     num_warps: int
+    maxnreg: int | None
     num_stages: int
     operand: Any
     precision: str
 
+    def options(self) -> dict[str, Any]:
+        """Return the compiler's options."""
+        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
+
 
 def plan_projection(route: Route, narrow: bool, warp_size: int) -> ProjectionPlan:
     """Return the plan of one launch. Sums depend on tiles, which are the route's.
+
+    Without products 128 registers, so that a processor has two programs of 8 warps: one reads while the other adds.
 
     Projections have the digits of bfloat16, and so bfloat16 gradients are multiplied as they are, by tensor cores.
     Others, and projections of the source "torch", take three products of TF32 ("tf32x3"), which are as good as fp32;
@@ -49,6 +57,7 @@ def plan_projection(route: Route, narrow: bool, warp_size: int) -> ProjectionPla
     """
     return ProjectionPlan(
         num_warps=8 if route.layout.aligned or route.mode == "dot" else 16,
+        maxnreg=128 if route.layout.aligned and route.mode != "dot" and warp_size == 32 else None,
         num_stages=3 if narrow and warp_size == 32 else 1,
         operand=tl.bfloat16 if narrow and not interpreting() else tl.float32,
         precision="ieee" if narrow or warp_size != 32 else "tf32x3",
@@ -217,13 +226,12 @@ def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str)
         "PRECISION": plan.precision,
         "BLOCK_LINES": route.tile.rows,
         "BLOCK_PLACES": route.tile.cols,
-        "BLOCK_RANKS": route.ranks,
+        "RANKS_AT_A_TIME": route.ranks,
         "MOMENT_LINES": route.moment_tile.rows,
         "MOMENT_RANKS": route.moment_tile.cols,
         "APPLY_LINES": route.apply_tile.rows,
         "APPLY_PLACES": route.apply_tile.cols,
-        "num_warps": plan.num_warps,
-        "num_stages": plan.num_stages,
+        **plan.options(),
     }
 
 

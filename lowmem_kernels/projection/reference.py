@@ -146,8 +146,9 @@ class _X:
         for e, rows in self._places():
             rate = rates[e, rows, None] if self.sides.right else rates[e, None]
             p = target[e, rows]
-            moved = p - rate * self._block((e, rows))
-            new = moved - decay * moved
+            update = rate * self._block((e, rows))
+            # what is left of p decays; in one subtraction, so that nothing moves -0
+            new = p - (update + decay * (p - update))
             if keeps and self.transform.skip_nonfinite and not sum_is_finite(new):
                 usable = new.isfinite()
                 if self.transform.skipped is not None:

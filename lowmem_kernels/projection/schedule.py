@@ -28,9 +28,9 @@ DOT_TILE, EXACT_DOT_TILE, RAGGED_DOT_TILE = Shape(128, 64), Shape(64, 32), Shape
 #: they do not. 32 elements for each thread of 8 warps, 4 of 16 where elements are accessed one by one.
 TILE, CROSS_TILE, RAGGED_TILE = Shape(32, 256), Shape(64, 128), Shape(16, 128)
 
-#: Tiles of the last read, and of moments: what lies in one piece, and what does not.
+#: Tiles of the last read: channels that lie in one piece, and those that do not; and elements of a tile of moments.
 APPLY_TILE, CROSS_APPLY_TILE, RAGGED_APPLY_TILE = Shape(16, 256), Shape(64, 64), Shape(8, 256)
-MOMENT_ELEMENTS, RAGGED_MOMENT_ELEMENTS = 4096, 2048
+MOMENT_ELEMENTS = 2048
 
 #: Elements of a ticket of moments: each costs 20 bytes, where one of the first read costs 2.
 MOMENT_TICKET = 32768
@@ -105,10 +105,9 @@ def route_of(geometry: Geometry, aligned: bool, work: Work) -> Route:
         apply_tile = RAGGED_APPLY_TILE
     # of the moments of columns, those of neighbouring channels lie side by side
     moment_ranks = min(ranks, MAX_RANKS if sides.right else 64)
-    elements = MOMENT_ELEMENTS if layout.aligned else RAGGED_MOMENT_ELEMENTS
     return Route(
         layout, sides.channels % 8 == 0, sides.contracted % 8 == 0, sides.rank % 8 == 0, sides.right, contiguous, mode,
-        tile, ranks if mode == "dot" else 1, Shape(elements // moment_ranks, moment_ranks), apply_tile,
+        tile, ranks if mode == "dot" else 1, Shape(MOMENT_ELEMENTS // moment_ranks, moment_ranks), apply_tile,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ They are ordinary torch.optim optimizers, with groups, schedulers, closures, Gra
 from .adafactor import Adafactor
 from .adalomo import AdaLomo
 from .adamw import AdamW
+from .apollo import APOLLO, APOLLOMini
 from .came import CAME
 from .lomo import Lomo
 from .mngd import MNGD
@@ -13,5 +14,20 @@ from .roles import split_params
 from .sinkgd import SinkGD
 from .swan import SWAN
 from .torch_adafactor import TorchAdafactor
+from .training_args import apollo_from_training_args
 
-__all__ = ["CAME", "MNGD", "SWAN", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]
+__all__ = [
+    "APOLLO",
+    "CAME",
+    "MNGD",
+    "SWAN",
+    "APOLLOMini",
+    "AdaLomo",
+    "Adafactor",
+    "AdamW",
+    "Lomo",
+    "SinkGD",
+    "TorchAdafactor",
+    "apollo_from_training_args",
+    "split_params",
+]

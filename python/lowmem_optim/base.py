@@ -83,6 +83,9 @@ class LowMemOptimizer(Optimizer):
         """Return the state tensors of a parameter before its first update, apart from ``step``."""
         raise NotImplementedError
 
+    def begin_step(self, buckets: list[Bucket]) -> None:
+        """Do what is done once in a step, before any bucket is updated."""
+
     def update(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and states, in place, once."""
         raise NotImplementedError
@@ -107,6 +110,7 @@ class LowMemOptimizer(Optimizer):
         buckets = self._buckets()
         try:
             self._set_transforms(buckets)
+            self.begin_step(buckets)
             for bucket in buckets:
                 self.update(bucket)
         finally:

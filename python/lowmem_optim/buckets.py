@@ -35,7 +35,7 @@ class Bucket:
         self.states = list(states)
         self.grads = Gradients()
         self.transform = GradTransform()
-        self._uids = tuple([state["uid"] for state in self.states])
+        self.uids = tuple([state["uid"] for state in self.states])
         self._values: list[Any] = []
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
@@ -76,6 +76,6 @@ class Bucket:
         stochastic = rounds_stochastically(self.params[0].dtype, self.group["stochastic_rounding"])
         return {
             "transform": self.transform,
-            "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=self._uids),
+            "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=self.uids),
             "backend": self.group["backend"],
         }

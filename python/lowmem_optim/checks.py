@@ -119,6 +119,12 @@ def check_choice(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
         raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
 
+def check_integer(name: str, value: Any) -> None:
+    """Raise ValueError unless ``value`` is an integer >= 1."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} is {value!r}; allowed: an integer >= 1")
+
+
 def check_clipping(options: Mapping[str, Any]) -> None:
     """Raise ValueError unless clip_grad_norm and clip_grad_value are None or numbers > 0."""
     for name in ("clip_grad_norm", "clip_grad_value"):

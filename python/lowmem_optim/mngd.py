@@ -15,7 +15,7 @@ from lowmem_kernels.multinorm.checks import check_rule
 from lowmem_kernels.whitening import WhiteningRule
 
 from .buckets import Bucket
-from .checks import check_choice, check_number, check_state_dtype
+from .checks import check_choice, check_integer, check_number, check_state_dtype
 from .factored import new_momentum
 from .routed import RoutedOptimizer, RoutedOptions
 from .spectral import check_spectral, spectral_update_
@@ -104,7 +104,7 @@ class MNGD(RoutedOptimizer):
     def check_options(self, options: Mapping[str, Any]) -> None:
         super().check_options(options)
         check_norms(options["norms"])
-        check_iterations(options["iterations"])
+        check_integer("iterations", options["iterations"])
         check_number("scale", options["scale"])
         check_number("weight_decay", options["weight_decay"])
         check_number("momentum", options["momentum"], below=1)
@@ -173,9 +173,3 @@ def check_norms(norms: Any) -> None:
     if not isinstance(norms, (tuple, list)) or not norms or not all(norm in NORMS for norm in norms):
         allowed = ", ".join(map(repr, NORMS))
         raise ValueError(f"norms is {norms!r}; allowed: a tuple of at least one of {allowed}")
-
-
-def check_iterations(iterations: Any) -> None:
-    """Raise ValueError unless ``iterations`` is an integer >= 1."""
-    if not isinstance(iterations, int) or isinstance(iterations, bool) or iterations < 1:
-        raise ValueError(f"iterations is {iterations!r}; allowed: an integer >= 1")

@@ -13,7 +13,7 @@ from lowmem_kernels.whitening import WhiteningRule, whiten_
 from lowmem_kernels.whitening.rule import SOLVERS
 
 from .buckets import Bucket
-from .checks import check_choice, check_number
+from .checks import check_choice, check_integer, check_number
 from .routed import RoutedOptimizer, RoutedOptions
 
 
@@ -112,6 +112,5 @@ def check_solver(options: Mapping[str, Any], iterations: str) -> None:
     check_number("beta", options["beta"], positive=True)
     if options["beta"] > 1:
         raise ValueError(f"beta is {options['beta']!r}; allowed: a number > 0 and <= 1")
-    count = options[iterations]
-    if count is not None and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
-        raise ValueError(f"{iterations} is {count!r}; allowed: None or an integer >= 1")
+    if options[iterations] is not None:
+        check_integer(iterations, options[iterations])

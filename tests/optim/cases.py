@@ -67,6 +67,7 @@ class OptimizerCase:
     elementwise: where parameters are not coupled, a bad gradient element stops its own update only, not the tensor's.
     fallback_elementwise: the same for parameters that are no matrices, where those get another rule; None: they do not.
     centres_rows: rows of a matrix's update have mean zero.
+    draws: updates depend on random numbers, and so on the seed, whatever the rounding.
     decay: (parameter, lr) -> what weight_decay is multiplied by.
     """
 
@@ -84,6 +85,7 @@ class OptimizerCase:
     elementwise: bool = True
     fallback_elementwise: bool | None = None
     centres_rows: bool = False
+    draws: bool = False
     decay: Callable[[np.ndarray, float], float] = lambda param, lr: lr
 
     def state_keys(self, param: Tensor) -> list[str]:

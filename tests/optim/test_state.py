@@ -98,7 +98,7 @@ def test_state_dict_holds_tensors_and_ints_only(case):
     for state in optimizer.state_dict()["state"].values():
         assert {type(value) for value in state.values()} <= {Tensor, int}
     for group in optimizer.state_dict()["param_groups"]:
-        plain = (float, int, bool, str, tuple, type(None))
+        plain = (float, int, bool, str, tuple, type(None), Tensor)
         assert all(isinstance(value, plain) for key, value in group.items() if key != "params")
 
 

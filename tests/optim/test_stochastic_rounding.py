@@ -111,7 +111,8 @@ def test_it_is_on_for_bfloat16_and_off_for_other_dtypes(case):
     results = []
     for value in (None, True, False):
         params = make_params(torch.float32, SMALL)
-        take_steps(case.make(params, stochastic_rounding=value, seed=id(value)), params, 2)
+        seed = 0 if case.draws else id(value)
+        take_steps(case.make(params, stochastic_rounding=value, seed=seed), params, 2)
         results.append(copies(params))
     assert_same_bits(results[0], results[1])
     assert_same_bits(results[0], results[2])

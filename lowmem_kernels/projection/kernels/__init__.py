@@ -41,7 +41,7 @@ def _apollo_kernel(
     LENGTH_BY_8: tl.constexpr, RANK_BY_8: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
     READ: tl.constexpr, MOMENTS: tl.constexpr, WRITE: tl.constexpr, MODE: tl.constexpr, DRAWN: tl.constexpr,
     TENSOR: tl.constexpr, LIMIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, RANKS_AT_A_TIME: tl.constexpr,
     MOMENT_LINES: tl.constexpr, MOMENT_RANKS: tl.constexpr, APPLY_LINES: tl.constexpr, APPLY_PLACES: tl.constexpr,
 ):  # fmt: skip
     """APOLLO, or the phases of it for which READ, MOMENTS and WRITE stand. One program takes one ticket.
@@ -59,6 +59,8 @@ def _apollo_kernel(
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
     g_ptr = column_address(address_ptr, G_COLUMN, GRAD, ALIGNED)
     key = field(at, KEY)
+    # of rank 1 both ways of laying out moments are one, and channels lie side by side
+    RANKS_INSIDE: tl.constexpr = RIGHT and MODE != "one"
     step = 1.0
     if MOMENTS or WRITE:
         step = tl.load(column_address(address_ptr, STEP_COLUMN, tl.float32, False)) + 1.0
@@ -72,15 +74,16 @@ def _apollo_kernel(
             project_tile(
                 at, ticket, g_ptr, column_address(address_ptr, PROJECTION_COLUMN, PROJECTION, LENGTH_BY_8),
                 integer_or_load(epoch), gradient,
-                STRIDED, CONTIGUOUS, RIGHT, LINES_BY_8, LENGTH_BY_8, SKIP_NONFINITE, MODE, DRAWN, OPERAND, PRECISION,
-                BLOCK_LINES, BLOCK_PLACES, BLOCK_RANKS,
+                STRIDED, CONTIGUOUS, RANKS_INSIDE, LINES_BY_8, LENGTH_BY_8, RANK_BY_8, SKIP_NONFINITE, MODE, DRAWN,
+                OPERAND, PRECISION,
+                BLOCK_LINES, BLOCK_PLACES, RANKS_AT_A_TIME,
             )  # fmt: skip
     if MOMENTS:
         if (phase == 1) & (ok == 1.0):
             moments_tile(
                 at, ticket, address_ptr, g_ptr, (stream_key(key, step, 1), stream_key(key, step, 2)), gradient,
                 (one_minus_beta1, one_minus_beta2), eps, projected_scale,
-                STATE, ALIGNED, STRIDED, CONTIGUOUS, RIGHT, LINES_BY_8, LENGTH_BY_8, RANK_BY_8, STOCHASTIC,
+                STATE, ALIGNED, STRIDED, CONTIGUOUS, RANKS_INSIDE, LINES_BY_8, LENGTH_BY_8, RANK_BY_8, STOCHASTIC,
                 SKIP_NONFINITE, MODE, TENSOR, MOMENT_LINES, MOMENT_RANKS,
             )  # fmt: skip
     if WRITE:

@@ -46,8 +46,10 @@ def apply_tile(
                 g_ptrs = e_g_ptr + offsets(at, lines, places, extent, 1, STRIDED, CONTIGUOUS)
                 p_ptrs = e_p_ptr + offsets(at, lines, places, extent, 0, STRIDED, CONTIGUOUS)
                 old = tl.load(p_ptrs, mask=mask, other=0.0)
-                moved = old.to(tl.float32) - rate[:, None] * load_gradient(g_ptrs, mask, gradient, False)
-                new = moved - decay * moved
+                p = old.to(tl.float32)
+                update = rate[:, None] * load_gradient(g_ptrs, mask, gradient, False)
+                # what is left of p decays; in one subtraction, so that nothing moves -0
+                new = p - (update + decay * (p - update))
                 start = e.to(tl.int64) * size
                 if RIGHT:
                     start += lines.to(tl.int64)[:, None] * length

@@ -1,13 +1,15 @@
-"""Drawing projections: the device's twin of draw.py."""
+"""Drawing projections: the device's twin of draw.py, operation for operation."""
 
 import triton
 import triton.language as tl
 
-from ..draw import HALF_UNIT as _HALF_UNIT
-from ..draw import UNIT as _UNIT
+from .. import normal as _normal
 
-UNIT, HALF_UNIT = tl.constexpr(_UNIT), tl.constexpr(_HALF_UNIT)
-_TWO_PI = tl.constexpr(6.283185307179586)
+UNIT, HALF_UNIT = tl.constexpr(_normal.UNIT), tl.constexpr(_normal.HALF_UNIT)
+ROOT_HALF, LN_2, HALF_PI = tl.constexpr(_normal.ROOT_HALF), tl.constexpr(_normal.LN_2), tl.constexpr(_normal.HALF_PI)
+LOG_3, LOG_5, LOG_7, LOG_9 = [tl.constexpr(c) for c in _normal.LOG]
+COS_4, COS_6, COS_8 = [tl.constexpr(c) for c in _normal.COS]
+SIN_3, SIN_5, SIN_7, SIN_9 = [tl.constexpr(c) for c in _normal.SIN]
 
 
 @triton.jit
@@ -20,11 +22,40 @@ def integer_or_load(x):
 
 
 @triton.jit
+def logarithm(x):
+    """The natural logarithm of normal numbers, to 2 units in the last place: bits, a division, and a polynomial."""
+    bits = x.to(tl.int32, bitcast=True)
+    # the mantissa as a number of [sqrt(1/2), sqrt(2)), and its exponent
+    shifted = bits - ROOT_HALF
+    exponent = shifted >> 23
+    mantissa = ((shifted & 0x7FFFFF) + ROOT_HALF).to(tl.float32, bitcast=True)
+    f = tl.div_rn(mantissa - 1.0, mantissa + 1.0)
+    s = f * f
+    series = ((s * LOG_9 + LOG_7) * s + LOG_5) * s + LOG_3
+    return exponent.to(tl.float32) * LN_2 + (f * s * series + f) * 2.0
+
+
+@triton.jit
+def cosine_and_sine(turns):
+    """(cos, sin) of 2 pi times numbers of [0, 1], to 2e-7."""
+    quarters = (turns * 4.0 + 0.5).to(tl.int32)
+    x = (turns * 4.0 - quarters.to(tl.float32)) * HALF_PI
+    s = x * x
+    cos = (((s * COS_8 + COS_6) * s + COS_4) * s - 0.5) * s + 1.0
+    sin = (((s * SIN_9 + SIN_7) * s + SIN_5) * s + SIN_3) * s * x + x
+    odd = (quarters & 1) == 1
+    c = tl.where(odd, -sin, cos)
+    s = tl.where(odd, cos, sin)
+    upper = (quarters & 2) == 2
+    return tl.where(upper, -c, c), tl.where(upper, -s, s)
+
+
+@triton.jit
 def normals(first, second):
     """Two standard normal numbers of two words, by Box and Muller."""
-    radius = tl.sqrt(-2.0 * tl.log((first >> 8).to(tl.float32) * UNIT + HALF_UNIT))
-    angle = _TWO_PI * ((second >> 8).to(tl.float32) * UNIT + HALF_UNIT)
-    return radius * tl.cos(angle), radius * tl.sin(angle)
+    radius = tl.sqrt_rn(-2.0 * logarithm((first >> 8).to(tl.float32) * UNIT + HALF_UNIT))
+    cos, sin = cosine_and_sine((second >> 8).to(tl.float32) * UNIT)
+    return radius * cos, radius * sin
 
 
 @triton.jit

@@ -16,13 +16,12 @@ from .constants import (
     MOMENT_LINES,
     NORM_COLUMN,
     NORM_EPS,
-    PROJECTED,
     SQUARES,
     SUM,
     SUMS,
     TINY_NORM,
 )
-from .project import extents, moment_offsets, rank_of
+from .project import extents, moment_offsets, projected_pointer, rank_of
 
 # matrices, and tickets of each, whose sums are added at a time
 _MATRICES_AT_A_TIME = tl.constexpr(8)
@@ -32,10 +31,10 @@ _GROUPS_AT_A_TIME = tl.constexpr(64)
 @triton.jit
 def moments_tile(
     at, ticket, address_ptr, g_ptr, keys, gradient, weights, eps, projected_scale,
-    STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr, RIGHT: tl.constexpr,
-    LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, RANK_BY_8: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SKIP_NONFINITE: tl.constexpr, MODE: tl.constexpr, TENSOR: tl.constexpr,
-    BLOCK_LINES: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    RANKS_INSIDE: tl.constexpr, LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, RANK_BY_8: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, MODE: tl.constexpr, TENSOR: tl.constexpr,
+    BLOCK_LINES: tl.constexpr, RANKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
     """Some channels' moments. Writes these, the channels' scales, and the sums of the ticket."""
     key_m, key_v = keys
@@ -65,15 +64,15 @@ def moments_tile(
             inside = lines < end_line
             normalized_squares = tl.zeros((BLOCK_LINES,), tl.float32)
             projected_squares = tl.zeros((BLOCK_LINES,), tl.float32)
-            for first_rank in range(0, rank, BLOCK_RANKS):
-                ranks = first_rank + tl.arange(0, BLOCK_RANKS)
+            for first_rank in range(0, rank, RANKS_AT_A_TIME):
+                ranks = first_rank + tl.arange(0, RANKS_AT_A_TIME)
                 mask = inside[:, None] & (ranks < rank)[None, :]
-                start, index = moment_offsets(at, e, lines, ranks, count, rank, RIGHT)
+                start, index = moment_offsets(at, e, lines, ranks, count, rank, RANKS_INSIDE)
                 if MODE == "none":
                     g_ptrs = e_g_ptr + offsets(at, lines, ranks, extent, 1, STRIDED, CONTIGUOUS)
                     r = load_gradient(g_ptrs, mask, gradient, SKIP_NONFINITE)
                 else:
-                    r_ptrs = scratch(at, PROJECTED) + start + index
+                    r_ptrs = projected_pointer(at) + start + index
                     r = tl.load(r_ptrs, mask=mask, other=0.0, cache_modifier=".cg") * projected_scale
                 m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
                 v = tl.load(v_ptr + start + index, mask=mask, other=0.0).to(tl.float32)

@@ -35,13 +35,20 @@ def rank_of(at, RANK_BY_8: tl.constexpr):
 
 
 @triton.jit
-def moment_offsets(at, e, lines, ranks, count, rank, RIGHT: tl.constexpr):
+def moment_offsets(at, e, lines, ranks, count, rank, RANKS_INSIDE: tl.constexpr):
     """(offset of matrix e, offsets in it) of a tile of a projected gradient or its moments; int64."""
     start = e.to(tl.int64) * count * rank
-    if RIGHT:
+    if RANKS_INSIDE:
         return start, lines.to(tl.int64)[:, None] * rank + ranks[None, :]
     else:
         return start, ranks.to(tl.int64)[None, :] * count + lines[:, None]
+
+
+@triton.jit
+def projected_pointer(at):
+    """Pointer to the projected gradient in the scratch, whose parts start at multiples of 4 numbers."""
+    _, _, scratch_ptr = at
+    return scratch_ptr + (field(at, PROJECTED) // 4) * 4
 
 
 @triton.jit
@@ -66,23 +73,37 @@ def load_raw(pointers, mask, gradient, SKIP_NONFINITE: tl.constexpr):
 
 
 @triton.jit
+def some_sums(x, CONTIGUOUS: tl.constexpr, APART: tl.constexpr):
+    """Sums of elements of a channel that one thread has, [channels, places / 4] or [channels, APART].
+
+    A thread has neighbours where channels lie in one piece; else, 8 warps with 4 places each, elements 32 apart.
+    """
+    if CONTIGUOUS:
+        return by_fours(x)
+    else:
+        return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // APART, APART)), 1)
+
+
+@triton.jit
 def project_tile(
     at, ticket, g_ptr, projection_ptr, epoch, gradient,
-    STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr, RIGHT: tl.constexpr,
-    LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, SKIP_NONFINITE: tl.constexpr, MODE: tl.constexpr,
-    DRAWN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, BLOCK_RANKS: tl.constexpr,
+    STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr, RANKS_INSIDE: tl.constexpr,
+    LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, RANK_BY_8: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    MODE: tl.constexpr, DRAWN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, RANKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
     """Read some channels. Writes their projections, unscaled, their sums of squares, and the sum of these.
 
-    MODE "dot": by products of matrices, for BLOCK_RANKS ranks at a time, each of which reads the channels. "one": by
+    MODE "dot": by products of matrices, for RANKS_AT_A_TIME ranks, then for the next ones, in another read. "one": by
     sums, with a single row of P that is drawn here where DRAWN. "none": only sums of squares.
     """
+    APART: tl.constexpr = 32
+    SUMS_OF_LINE: tl.constexpr = BLOCK_PLACES // 4 if CONTIGUOUS else APART
     scale, _clip_value, clip_coef = gradient
     factor = scale * clip_coef
     extent = extents(at, LINES_BY_8, LENGTH_BY_8)
     count, length = extent
-    rank = field32(at, RANK)
+    rank = rank_of(at, RANK_BY_8)
     draw_key = field(at, DRAW_KEY)
     size = count.to(tl.int64) * length
     total = tl.full((), 0.0, tl.float32)
@@ -96,44 +117,44 @@ def project_tile(
             inside = lines < end_line
             squares = tl.zeros((BLOCK_LINES,), tl.float32)
             if MODE == "dot":
-                for first_rank in range(0, rank, BLOCK_RANKS):
-                    ranks = first_rank + tl.arange(0, BLOCK_RANKS)
-                    product = tl.zeros((BLOCK_LINES, BLOCK_RANKS), tl.float32)
-                    by_line = tl.zeros((BLOCK_LINES, BLOCK_PLACES // 4), tl.float32)
+                for first_rank in range(0, rank, RANKS_AT_A_TIME):
+                    ranks = first_rank + tl.arange(0, RANKS_AT_A_TIME)
+                    product = tl.zeros((BLOCK_LINES, RANKS_AT_A_TIME), tl.float32)
+                    by_line = tl.zeros((BLOCK_LINES, SUMS_OF_LINE), tl.float32)
                     for place in range(0, length, BLOCK_PLACES):
                         places = place + tl.arange(0, BLOCK_PLACES)
                         mask = inside[:, None] & (places < length)[None, :]
                         g_ptrs = e_ptr + offsets(at, lines, places, extent, 1, STRIDED, CONTIGUOUS)
                         x = load_raw(g_ptrs, mask, gradient, SKIP_NONFINITE)
-                        p_ptrs = projection_ptr + ranks.to(tl.int64)[None, :] * length + places[:, None]
+                        p_ptrs = projection_ptr + (ranks[None, :] * length + places[:, None])
                         p_mask = (places < length)[:, None] & (ranks < rank)[None, :]
                         p = tl.load(p_ptrs, mask=p_mask, other=0.0)
                         product = tl.dot(x.to(OPERAND), p.to(OPERAND), product, input_precision=PRECISION)
                         wide = x.to(tl.float32)
-                        by_line += by_fours(wide * wide)
+                        by_line += some_sums(wide * wide, CONTIGUOUS, APART)
                     squares = tl.sum(by_line, 1)
-                    start, index = moment_offsets(at, e, lines, ranks, count, rank, RIGHT)
+                    start, index = moment_offsets(at, e, lines, ranks, count, rank, RANKS_INSIDE)
                     r_mask = inside[:, None] & (ranks < rank)[None, :]
-                    tl.store(scratch(at, PROJECTED) + start + index, product * factor, mask=r_mask)
+                    tl.store(projected_pointer(at) + start + index, product * factor, mask=r_mask)
             else:
-                by_line = tl.zeros((BLOCK_LINES, BLOCK_PLACES // 4), tl.float32)
-                by_place = tl.zeros((BLOCK_LINES, BLOCK_PLACES // 4), tl.float32)
+                by_line = tl.zeros((BLOCK_LINES, SUMS_OF_LINE), tl.float32)
+                by_place = tl.zeros((BLOCK_LINES, SUMS_OF_LINE), tl.float32)
                 for place in range(0, length, BLOCK_PLACES):
                     places = place + tl.arange(0, BLOCK_PLACES)
                     mask = inside[:, None] & (places < length)[None, :]
                     g_ptrs = e_ptr + offsets(at, lines, places, extent, 1, STRIDED, CONTIGUOUS)
                     x = load_raw(g_ptrs, mask, gradient, SKIP_NONFINITE).to(tl.float32)
-                    by_line += by_fours(x * x)
+                    by_line += some_sums(x * x, CONTIGUOUS, APART)
                     if MODE == "one":
                         if DRAWN:
                             quads = place // 4 + tl.arange(0, BLOCK_PLACES // 4)
                             p = entries(draw_key, quads, 0, epoch, OWN, False)
                         else:
                             p = tl.load(projection_ptr + places, mask=places < length, other=0.0).to(tl.float32)
-                        by_place += by_fours(x * p[None, :])
+                        by_place += some_sums(x * p[None, :], CONTIGUOUS, APART)
                 squares = tl.sum(by_line, 1)
                 if MODE == "one":
-                    r_ptrs = scratch(at, PROJECTED) + e.to(tl.int64) * count + lines
+                    r_ptrs = projected_pointer(at) + e.to(tl.int64) * count + lines
                     tl.store(r_ptrs, tl.sum(by_place, 1) * factor, mask=inside)
             squares = squares * factor * factor
             tl.store(scratch(at, SQUARES) + e.to(tl.int64) * count + lines, squares, mask=inside)

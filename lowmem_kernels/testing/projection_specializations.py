@@ -1,0 +1,81 @@
+"""The specializations of the projection kernels that are compiled and inspected without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import triton.language as tl
+
+from ..projection.banks import DRAW_BLOCK, DRAW_WARPS
+from ..projection.kernels import _apollo_kernel, _projection_kernel
+from ..projection.launch import plan_projection, route_arguments
+from ..projection.schedule import Work, route_of
+from ..schedules import Geometry
+from .aot import CompileCase
+
+_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
+_SIGNATURE = {
+    "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
+    "found_inf": "*fp32",
+    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters", "epoch"), "i32"),
+    **dict.fromkeys(("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2"), "fp32"),
+    **dict.fromkeys(("eps", "projected_scale", "root_scale", "growth_limit", "scale"), "fp32"),
+    "inv_scale": "*fp32", "clip_coef": "*fp32",
+}  # fmt: skip
+_ALL = (0, 1, 2)
+
+#: name -> dtype, shape and strides of a parameter, rank and phases. Names say what is compiled differently.
+_CASES: dict[str, tuple[str, Geometry, int, tuple[int, ...]]] = {
+    "apollo-bf16-rank_256": ("bf16", Geometry((4096, 4096), None), 256, _ALL),
+    "apollo-bf16-rank_256_of_columns": ("bf16", Geometry((4096, 11008), None), 256, _ALL),
+    "apollo-bf16-rank_64": ("bf16", Geometry((4096, 4096), None), 64, _ALL),
+    "apollo-bf16-rank_64_misaligned": ("bf16", Geometry((4096, 1001), None), 64, _ALL),
+    "apollo-bf16-rank_64_strided": ("bf16", Geometry((4096, 1024), ((1024, 1), (1, 4096))), 64, _ALL),
+    "apollo-fp32-rank_64": ("fp32", Geometry((4096, 4096), None), 64, _ALL),
+    "apollo-bf16-full_rank": ("bf16", Geometry((4096, 128), None), 256, _ALL),
+    "apollo-bf16-rank_1": ("bf16", Geometry((4096, 4096), None), 1, _ALL),
+    "apollo-bf16-rank_1_of_columns": ("bf16", Geometry((4096, 11008), None), 1, _ALL),
+    "apollo-fp32-rank_1": ("fp32", Geometry((4096, 4096), None), 1, _ALL),
+    "apollo-bf16-rank_1_misaligned": ("bf16", Geometry((4096, 1001), None), 1, _ALL),
+    "channel_apply-bf16-aligned": ("bf16", Geometry((4096, 4096), None), 1, (2,)),
+}
+
+
+def projection_cases(warp_size: int) -> Iterator[CompileCase]:
+    """Return specializations for dtypes, for the ways of looking at a parameter, and for ranks."""
+    for name, (dtype, geometry, rank, phases) in _CASES.items():
+        narrow = dtype == "bf16"
+        work = Work(phases, rank, "std", False, narrow)
+        route = route_of(geometry, True, work)
+        plan = plan_projection(route, narrow, warp_size)
+        arguments = route_arguments(route, work, plan, "gaussian")
+        # compiled on a CPU, where plans are for the interpreter
+        operand = tl.bfloat16 if narrow else tl.float32
+        constexprs: dict[str, Any] = {
+            "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
+            "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True,
+            "TENSOR": rank == 1, "LIMIT": True, "clip_value": None,
+            **{key: value for key, value in arguments.items() if key.isupper()}, "OPERAND": operand,
+        }  # fmt: skip
+        yield CompileCase(
+            name=name,
+            kernel=_apollo_kernel,
+            signature=_SIGNATURE,
+            constexprs=constexprs,
+            divisible_by_16=tuple(argument for argument, kind in _SIGNATURE.items() if kind.startswith("*")),
+            options={**plan.options(), "enable_fp_fusion": False},
+        )
+
+
+def draw_case() -> CompileCase:
+    """Return the specialization of the kernel that draws projections, which has no loop over elements to report."""
+    pointers = {"projection_ptr": "*bf16", "drawn_ptr": "*i64", "epoch": "*i64"}
+    return CompileCase(
+        name="projection-bf16-aligned",
+        kernel=_projection_kernel,
+        signature={**pointers, "key": "i64", "length": "i32", "tag": "i32"},
+        constexprs={"SIGNS": False, "BLOCK": DRAW_BLOCK},
+        divisible_by_16=tuple(pointers),
+        options={"num_warps": DRAW_WARPS, "enable_fp_fusion": False},
+    )

@@ -1,0 +1,176 @@
+"""APOLLO: 2412.05270, algorithm 1, in the order of operations of the authors' implementation, with given projections."""
+
+import math
+
+import numpy as np
+import torch
+
+from lowmem_kernels.projection import ApolloRule, Draw, moment_shape, norm_shape, projection_matrix
+from lowmem_optim import APOLLO, APOLLOMini
+from optim.cases import OptimizerCase
+from optim.multinorm import DEFAULTS as FALLBACK
+from optim.multinorm import OTHER, decay, fallback, is_matrix
+from optim.multinorm import state as fallback_state
+
+#: what APOLLO does if told nothing
+DEFAULTS = {
+    "rank": 256,
+    "scale": 1.0,
+    "scale_type": "channel",
+    "update_proj_gap": 200,
+    "proj_type": "std",
+    "betas": (0.9, 0.999),
+    "eps": 1e-6,
+    "weight_decay": 0.0,
+    "disable_nl": False,
+    "source": "gaussian",
+}
+MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
+
+
+def oracle(params, grads, options, defaults=DEFAULTS):
+    ends, states = [], []
+    for i, p in enumerate(params):
+        steps = [{**FALLBACK, **defaults, **os[i]} for os in options]
+        if is_matrix(p.shape, steps[0]["stacks"]):
+            end, state = stack(p, [gs[i] for gs in grads], steps, uid=place_in_groups(i, len(params)))
+        else:
+            # at lr, or at what fallback_lr is in units of it
+            end, state = fallback(p, [gs[i] for gs in grads], [{**o, "scale": 1.0} for o in steps])
+        ends.append(end)
+        states.append(state)
+    return ends, states
+
+
+def mini_oracle(params, grads, options):
+    return oracle(params, grads, options, {**DEFAULTS, **MINI})
+
+
+def place_in_groups(i, count):
+    """The position of a parameter among all, of which `make_groups` puts those at even places first."""
+    return i // 2 if i % 2 == 0 else (count + 1) // 2 + i // 2
+
+
+def stack(p, grads, options, uid=0, steps=None):
+    """Each matrix of a stack by itself: (parameter, state) at the end.
+
+    ``steps``: the steps of the parameter's group at which there are gradients, where it had not one in each.
+    """
+    if p.ndim == 2 or options[0]["stacks"] == "conv":
+        flat = (len(p), math.prod(p.shape[1:]))
+        end, state = matrix(p.reshape(flat), [g.reshape(flat) for g in grads], options, uid, steps)
+        if p.ndim > 2 and state["exp_avg"].shape == end.shape:  # not projected
+            state |= {key: state[key].reshape(p.shape) for key in ("exp_avg", "exp_avg_sq")}
+        return end.reshape(p.shape), state
+    ends, states = zip(*[stack(p[e], [g[e] for g in grads], options, uid, steps) for e in range(len(p))], strict=True)
+    state = {key: np.stack([each[key] for each in states]) for key in ("exp_avg", "exp_avg_sq", "update_norm")}
+    return np.stack(ends), state | {"epoch": states[0]["epoch"]}
+
+
+def matrix(p, grads, options, uid, steps=None):
+    """Algorithm 1. Moments as they are stored; all else with channels as columns, as the paper has them."""
+    m, n = p.shape
+    o = options[0]
+    right = o["proj_type"] == "right" or (o["proj_type"] != "left" and (m >= n) == (o["proj_type"] == "std"))
+    turn = (lambda x: x.T) if right else (lambda x: x)
+    w = turn(p)
+    first = second = last = None
+    for k, (g, o) in enumerate(zip(grads, options, strict=True)):
+        t, (beta1, beta2) = k + 1, o["betas"]
+        g = turn(g)
+        epoch = (k if steps is None else steps[k]) // o["update_proj_gap"] + 1
+        draw = Draw(o["source"], uids=[uid], epoch=epoch)
+        project = projection_matrix((m, n), rank=o["rank"], draw=draw, proj_type=o["proj_type"]).double().numpy()
+        r = project @ g
+        first = (0 if first is None else beta1 * first) + (1 - beta1) * r
+        second = (0 if second is None else beta2 * second) + (1 - beta2) * r**2
+        normalized = first / (np.sqrt(second) + o["eps"])
+        axis = None if o["scale_type"] == "tensor" else 0
+        s = np.sqrt((normalized**2).sum(axis)) / (np.sqrt((r**2).sum(axis)) + 1e-8)
+        x = np.sqrt(o["scale"]) * g * s if o.get("scale_front") else g * s
+        norm = np.sqrt((x**2).sum())
+        if not o["disable_nl"] and last is not None and last >= 1e-6:
+            limiter = max(norm / (last + 1e-8), 1.01) / 1.01
+            x, norm = x / limiter, norm / limiter
+        last = norm
+        if not o.get("scale_front"):
+            x = np.sqrt(o["scale"]) * x
+        w = w - o["lr"] * np.sqrt(1 - beta2**t) / (1 - beta1**t) * x
+        w = w - o["lr"] * o["weight_decay"] * w
+    state = {"exp_avg": turn(first), "exp_avg_sq": turn(second), "update_norm": np.array(last)}
+    return turn(w), state | {"epoch": np.array(float(epoch))}
+
+
+def state(stacks=None, dtype=torch.float32, **options):
+    """A case's `state`."""
+    rule = ApolloRule(**options, conv=stacks == "conv")
+
+    def of(shape, param_dtype):
+        if not is_matrix(shape, stacks):
+            return fallback_state("adamw")(shape, param_dtype)
+        kind = dtype or param_dtype
+        moments = dict.fromkeys(("exp_avg", "exp_avg_sq"), (moment_shape(shape, rule), kind))
+        return moments | {"update_norm": (norm_shape(shape, rule), torch.float32), "epoch": ((), torch.float32)}
+
+    return of
+
+
+WRONG = [
+    ("scale", -1.0),
+    ("scale", float("nan")),
+    ("update_proj_gap", 0),
+    ("update_proj_gap", 2.5),
+    ("proj_type", "full"),
+    ("betas", (0.9,)),
+    ("betas", (0.9, 1.0)),
+    ("eps", 0.0),
+    ("weight_decay", -0.1),
+    ("disable_nl", "yes"),
+    ("state_dtype", "bf16"),
+    ("source", "svd"),
+    ("source", None),
+]
+WRONG_RANK = [("rank", 0), ("rank", 2.0), ("rank", True), ("scale_type", "row")]
+
+CASES = [
+    OptimizerCase(
+        name="apollo",
+        optimizer=APOLLO,
+        options={"lr": 1e-2, "rank": 4, "scale": 2.0, "update_proj_gap": 7, "weight_decay": 0.1},
+        other_options={**OTHER, "scale_type": "tensor", "update_proj_gap": 20, "betas": (0.8, 0.95), "eps": 1e-3},
+        oracle=oracle,
+        state=state(rank=4),
+        wrong=[*WRONG, *WRONG_RANK],
+        elementwise=False,
+        fallback_elementwise=True,
+        draws=True,
+        decay=decay(1.0),
+    ),
+    OptimizerCase(
+        name="apollo-mini-batched",
+        optimizer=APOLLOMini,
+        options={"lr": 1e-2, "update_proj_gap": 9, "weight_decay": 0.1, "stacks": "batched"},
+        other_options={**OTHER, "scale": 16.0, "proj_type": "reverse_std", "disable_nl": True},
+        oracle=mini_oracle,
+        state=state(stacks="batched", rank=1),
+        wrong=WRONG,
+        elementwise=False,
+        fallback_elementwise=True,
+        draws=True,
+        decay=decay(1.0, "batched"),
+    ),
+    OptimizerCase(
+        name="apollo-conv-state_as_param",
+        optimizer=APOLLO,
+        options={"lr": 1e-2, "rank": 8, "source": "rademacher", "stacks": "conv", "state_dtype": "param"},
+        other_options={**OTHER, "source": "torch"},
+        oracle=oracle,
+        state=state(stacks="conv", dtype=None, rank=8),
+        wrong=[("rank", 4)],
+        elementwise=False,
+        fallback_elementwise=True,
+        draws=True,
+        refuses_float16=True,
+        decay=decay(1.0, "conv"),
+    ),
+]
