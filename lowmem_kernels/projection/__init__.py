@@ -149,9 +149,8 @@ def projection_matrix(
 ) -> Tensor:
     """Return P, float32 [r, contracted elements], by which a gradient of this shape is multiplied.
 
-    It is exactly what the kernels multiply with on ``device``. On another one, about one entry in 10⁵ differs in its
-    last digit of bfloat16, since logarithms and cosines do in their last of float32. The identity where the gradient
-    stands for its own projection.
+    It is exactly what the kernels multiply with, and has the same bits on every device but with the source "torch",
+    whose generators differ. The identity where the gradient stands for its own projection.
 
     Args:
         shape: of the whole parameter.

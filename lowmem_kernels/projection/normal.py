@@ -29,7 +29,8 @@ SIN = (-1 / 6, 1 / 120, -1 / 5040, 1 / 362880)
 
 def normals(first: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """Return two standard normal numbers, fp32, for each two words (int64 in [0, 2**32)); at most 5.9 in size."""
-    radius = (-2.0 * _logarithm((first >> 8).float() * UNIT + HALF_UNIT)).sqrt()
+    # by way of fp64: torch's root of fp32 is not always the nearest number
+    radius = (-2.0 * _logarithm((first >> 8).float() * UNIT + HALF_UNIT)).double().sqrt().float()
     cos, sin = _cosine_and_sine((second >> 8).float() * UNIT)
     return radius * cos, radius * sin
 

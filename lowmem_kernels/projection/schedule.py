@@ -99,16 +99,24 @@ def route_of(geometry: Geometry, aligned: bool, work: Work) -> Route:
         tile = RAGGED_DOT_TILE if not layout.aligned else DOT_TILE if work.narrow else EXACT_DOT_TILE
     else:
         tile = RAGGED_TILE if not layout.aligned else TILE if contiguous else CROSS_TILE
+        tile = _narrowed(tile, sides.contracted, contiguous)
     if layout.aligned:
         apply_tile = APPLY_TILE if contiguous else CROSS_APPLY_TILE
     else:
         apply_tile = RAGGED_APPLY_TILE
+    apply_tile = _narrowed(apply_tile, sides.contracted, contiguous)
     # of the moments of columns, those of neighbouring channels lie side by side
     moment_ranks = min(ranks, MAX_RANKS if sides.right else 64)
     return Route(
         layout, sides.channels % 8 == 0, sides.contracted % 8 == 0, sides.rank % 8 == 0, sides.right, contiguous, mode,
         tile, ranks if mode == "dot" else 1, Shape(MOMENT_ELEMENTS // moment_ranks, moment_ranks), apply_tile,
     )  # fmt: skip
+
+
+def _narrowed(tile: Shape, contracted: int, contiguous: bool) -> Shape:
+    """A tile of as many elements with no more places than there are: but 4, or 32 across, that the kernel adds up."""
+    places = min(tile.cols, max(4 if contiguous else 32, 1 << max(contracted - 1, 0).bit_length()))
+    return Shape(tile.rows * tile.cols // places, places)
 
 
 def schedules_of(
@@ -155,7 +163,7 @@ class _Row:
         matrices, lines, length = sides.matrices, sides.channels, sides.contracted
         self.numel = matrices * lines * length
         if not self.numel:
-            matrices, lines = 0, 0
+            lines = 0
         self._phases = work.phases
         cut = cut_lines(matrices, lines, length, _first_tile(route, work), 1 << 30)
         moments = cut_lines(matrices, lines, sides.rank, _ticket_tile(route, sides), 1 << 30)

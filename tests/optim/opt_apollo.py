@@ -1,11 +1,9 @@
-"""APOLLO: 2412.05270, algorithm 1, in the order of operations of the authors' implementation, with given projections."""
+"""APOLLO: 2412.05270, algorithm 1, in the order of operations of the authors' implementation."""
 
-import math
-
-import numpy as np
 import torch
 
-from lowmem_kernels.projection import ApolloRule, Draw, moment_shape, norm_shape, projection_matrix
+from apollo_oracle import stack
+from lowmem_kernels.projection import ApolloRule, moment_shape, norm_shape
 from lowmem_optim import APOLLO, APOLLOMini
 from optim.cases import OptimizerCase
 from optim.multinorm import DEFAULTS as FALLBACK
@@ -49,56 +47,6 @@ def mini_oracle(params, grads, options):
 def place_in_groups(i, count):
     """The position of a parameter among all, of which `make_groups` puts those at even places first."""
     return i // 2 if i % 2 == 0 else (count + 1) // 2 + i // 2
-
-
-def stack(p, grads, options, uid=0, steps=None):
-    """Each matrix of a stack by itself: (parameter, state) at the end.
-
-    ``steps``: the steps of the parameter's group at which there are gradients, where it had not one in each.
-    """
-    if p.ndim == 2 or options[0]["stacks"] == "conv":
-        flat = (len(p), math.prod(p.shape[1:]))
-        end, state = matrix(p.reshape(flat), [g.reshape(flat) for g in grads], options, uid, steps)
-        if p.ndim > 2 and state["exp_avg"].shape == end.shape:  # not projected
-            state |= {key: state[key].reshape(p.shape) for key in ("exp_avg", "exp_avg_sq")}
-        return end.reshape(p.shape), state
-    ends, states = zip(*[stack(p[e], [g[e] for g in grads], options, uid, steps) for e in range(len(p))], strict=True)
-    state = {key: np.stack([each[key] for each in states]) for key in ("exp_avg", "exp_avg_sq", "update_norm")}
-    return np.stack(ends), state | {"epoch": states[0]["epoch"]}
-
-
-def matrix(p, grads, options, uid, steps=None):
-    """Algorithm 1. Moments as they are stored; all else with channels as columns, as the paper has them."""
-    m, n = p.shape
-    o = options[0]
-    right = o["proj_type"] == "right" or (o["proj_type"] != "left" and (m >= n) == (o["proj_type"] == "std"))
-    turn = (lambda x: x.T) if right else (lambda x: x)
-    w = turn(p)
-    first = second = last = None
-    for k, (g, o) in enumerate(zip(grads, options, strict=True)):
-        t, (beta1, beta2) = k + 1, o["betas"]
-        g = turn(g)
-        epoch = (k if steps is None else steps[k]) // o["update_proj_gap"] + 1
-        draw = Draw(o["source"], uids=[uid], epoch=epoch)
-        project = projection_matrix((m, n), rank=o["rank"], draw=draw, proj_type=o["proj_type"]).double().numpy()
-        r = project @ g
-        first = (0 if first is None else beta1 * first) + (1 - beta1) * r
-        second = (0 if second is None else beta2 * second) + (1 - beta2) * r**2
-        normalized = first / (np.sqrt(second) + o["eps"])
-        axis = None if o["scale_type"] == "tensor" else 0
-        s = np.sqrt((normalized**2).sum(axis)) / (np.sqrt((r**2).sum(axis)) + 1e-8)
-        x = np.sqrt(o["scale"]) * g * s if o.get("scale_front") else g * s
-        norm = np.sqrt((x**2).sum())
-        if not o["disable_nl"] and last is not None and last >= 1e-6:
-            limiter = max(norm / (last + 1e-8), 1.01) / 1.01
-            x, norm = x / limiter, norm / limiter
-        last = norm
-        if not o.get("scale_front"):
-            x = np.sqrt(o["scale"]) * x
-        w = w - o["lr"] * np.sqrt(1 - beta2**t) / (1 - beta1**t) * x
-        w = w - o["lr"] * o["weight_decay"] * w
-    state = {"exp_avg": turn(first), "exp_avg_sq": turn(second), "update_norm": np.array(last)}
-    return turn(w), state | {"epoch": np.array(float(epoch))}
 
 
 def state(stacks=None, dtype=torch.float32, **options):
