@@ -145,6 +145,8 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     "one_sided" once, where lines are what lies in one piece; "table" (five pairs and a row, a threshold and a momentum)
     reads g and m seven times; "held" is any of them for a matrix that one program holds, and reads each once.
 
+    "apollo" reads g twice, of ranks up to 256; moments and what is projected are not included.
+
     Of vectors, whose V is kept in full: "factored_vector" and "confidence_vector" read g and V twice.
     """
     e, s = param_itemsize, state_itemsize
@@ -160,6 +162,7 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
         "sinkgd_once": (3 * e, e),
         "one_sided": (2 * e, e),
         "table": (8 * e + 7 * s, e + s),
+        "apollo": (3 * e, e),
         "held": (2 * e + s, e + s),
         "factored_vector": (3 * e + s + 8, e + s + 4),
         "confidence_vector": (3 * e + 2 * s + 8, e + s + 4),

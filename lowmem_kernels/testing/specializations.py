@@ -14,6 +14,7 @@ from ..table import Layout
 from .aot import CompileCase
 from .factored_specializations import factored_cases
 from .multinorm_specializations import multinorm_cases
+from .projection_specializations import projection_cases
 from .whitening_specializations import whitening_cases
 
 ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
@@ -35,6 +36,7 @@ def compile_cases(warp_size: int = 32) -> list[CompileCase]:
         *(_planned(case, warp_size) for case in elementwise_cases),
         *factored_cases(warp_size),
         *multinorm_cases(warp_size),
+        *projection_cases(warp_size),
         *whitening_cases(warp_size),
     ]
 
