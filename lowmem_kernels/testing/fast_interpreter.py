@@ -19,7 +19,6 @@ from triton.runtime.interpreter import GridExecutor, TensorHandle
 
 _builder = interpreter.interpreter_builder
 _semantic = interpreter.interpreter_semantic
-_triton_bound = interpreter._patch_attr
 _triton_prepared = interpreter._patch_lang
 _triton_launch = GridExecutor.__call__
 _triton_block_type = block_type.__init__
