@@ -17,18 +17,13 @@ from triton.language.core import block_type, constexpr, pointer_type, tensor
 from triton.runtime import interpreter
 from triton.runtime.interpreter import GridExecutor, TensorHandle
 
+from .fast_types import FLOATS, INTEGERS, PLAIN, SIGNED, install_types, lasts, made
+
 _builder = interpreter.interpreter_builder
 _semantic = interpreter.interpreter_semantic
 _triton_prepared = interpreter._patch_lang
 _triton_launch = GridExecutor.__call__
-_triton_block_type = block_type.__init__
-_triton_pointer_type = pointer_type.__init__
 
-_SIGNED = {id(kind) for kind in (tl.int32, tl.int64)}
-_INTEGERS = _SIGNED | {id(kind) for kind in (tl.uint32, tl.uint64)}
-_FLOATS = {id(kind) for kind in (tl.float16, tl.float32, tl.float64)}
-#: Scalar types whose operations NumPy has: not bf16, which the interpreter keeps as integers.
-_PLAIN = _INTEGERS | _FLOATS | {id(tl.int1)}
 _SMALLEST_FP32, _LARGEST_FP32 = 2.0**-126, (2 - 2**-23) * 2.0**127
 #: Numbers that kernels count with make plans of their own; these are forgotten when there are too many.
 _MOST_PLANS = 1 << 14
@@ -36,81 +31,10 @@ _MOST_PLANS = 1 << 14
 
 def install_fast_operations() -> None:
     """Patch Triton's interpreter as this module says. Call it before kernels run; it stays for the process."""
-    for kind, make in ((block_type, _one_block_type), (pointer_type, _one_pointer_type)):
-        kind.__new__, kind.__init__, kind.__hash__ = make, _nothing, object.__hash__
-    tensor.__init__ = _set_tensor
+    install_types()
     interpreter._patch_attr = _bind
     interpreter._patch_lang = _prepare
     GridExecutor.__call__ = _launch
-
-
-# ----- types: one object for each, so that they can be told apart by their ids, and known shapes
-
-
-_types: dict[Hashable, Any] = {}
-
-
-def _nothing(kind: Any, *_: Any, **__: Any) -> None:
-    """Stand-in for the constructors of types, which come as they are out of `__new__`."""
-
-
-def _one_block_type(cls: type, element_ty: Any, shape: Any) -> Any:
-    key = (_name(element_ty), *[size.value if size.__class__ is constexpr else size for size in shape])
-    if key not in _types:
-        kind: Any = object.__new__(cls)
-        _triton_block_type(kind, element_ty, list(shape))
-        kind.known_shape = _shape(tuple(kind.shape))
-        _types[key] = kind
-    return _types[key]
-
-
-def _one_pointer_type(cls: type, element_ty: Any, address_space: int = 1, const: bool = False) -> Any:
-    key = (_name(getattr(element_ty, "value", element_ty)), "*", address_space, const)
-    if key not in _types:
-        kind: Any = object.__new__(cls)
-        _triton_pointer_type(kind, element_ty, address_space, const)
-        _types[key] = kind
-    return _types[key]
-
-
-def _name(element_ty: Any) -> Hashable:
-    """What tells a type from others; a pointer's name does not say everything."""
-    return id(element_ty) if element_ty.__class__ is pointer_type else element_ty.name
-
-
-def _shape(sizes: tuple[int, ...]) -> tuple[Any, constexpr]:
-    """What a tensor's shape and numel are."""
-    return tl.core.tuple([constexpr(size) for size in sizes]), constexpr(int(np.prod(sizes)))
-
-
-_NO_SHAPE = _shape(())
-
-
-def _set_tensor(result: Any, handle: Any, kind: Any) -> None:
-    """Stand-in for `tensor.__init__`."""
-    result.handle, result.type = handle, kind
-    result.dtype = kind.scalar
-    result.shape, result.numel = kind.known_shape if kind.__class__ is block_type else _NO_SHAPE
-
-
-def _made(data: np.ndarray, kind: Any) -> Any:
-    """A tensor of a type that has its id for ever."""
-    handle = object.__new__(TensorHandle)
-    result = object.__new__(tensor)
-    result.handle, result.type = handle, kind
-    if kind.__class__ is block_type:
-        result.dtype = scalar = kind.element_ty
-        result.shape, result.numel = kind.known_shape
-    else:
-        result.dtype = scalar = kind
-        result.shape, result.numel = _NO_SHAPE
-    handle.data, handle.dtype, handle.attr = data, scalar, {}
-    return result
-
-
-def _lasts(kind: Any) -> bool:
-    """Whether no other type will ever have its id."""
-    return kind.__class__ in (block_type, pointer_type) or id(kind) in _PLAIN
 
 
 # ----- launches: what an operation is called as, and what is patched for a launch
@@ -220,14 +144,14 @@ def _planned(triton_operation: Callable[..., Any], compute: Callable[..., np.nda
             result = triton_operation(*operands, **options)
             if len(plans) > _MOST_PLANS:
                 plans.clear()
-            if all(x.__class__ is not tensor or _lasts(x.type) for x in operands):
+            if all(x.__class__ is not tensor or lasts(x.type) for x in operands):
                 plans[key] = _plan(compute, operands, result)
             return result
         kind, function, constants = plan
         if kind is None:
             return triton_operation(*operands, **options)
         data = [x.handle.data if c is None else c for x, c in zip(operands, constants, strict=True)]
-        return _made(function(*data), kind)
+        return made(function(*data), kind)
 
     return operation
 
@@ -249,7 +173,7 @@ def _plan(compute: Callable[..., np.ndarray], operands: tuple[Any, ...], result:
     """(type of the result, function of arrays, arrays in place of the operands that are numbers), or Triton's way."""
     tensors = [x for x in operands if x.__class__ is tensor]
     scalar = tensors[-1].dtype if tensors else None
-    if scalar is None or result.__class__ is not tensor or not _lasts(result.type):
+    if scalar is None or result.__class__ is not tensor or not lasts(result.type):
         return _TRITONS_WAY
     kinds = [x.dtype for x in tensors]
     if compute is np.where:
@@ -259,7 +183,7 @@ def _plan(compute: Callable[..., np.ndarray], operands: tuple[Any, ...], result:
     if operands[0].__class__ is tensor and operands[0].dtype.__class__ is pointer_type:
         pointed = operands[0].dtype.element_ty
         offset = tl.int64 if operands[1].__class__ is not tensor else kinds[-1]
-        if compute is not np.add or id(offset) not in _SIGNED or id(pointed) not in _PLAIN | {id(tl.bfloat16)}:
+        if compute is not np.add or id(offset) not in SIGNED or id(pointed) not in PLAIN | {id(tl.bfloat16)}:
             return _TRITONS_WAY
         scalar, compute = offset, _moved_by(max(1, pointed.primitive_bitwidth // 8))
     elif any(kind is not scalar for kind in kinds):
@@ -267,7 +191,7 @@ def _plan(compute: Callable[..., np.ndarray], operands: tuple[Any, ...], result:
         if scalar is None or compute is np.where:
             return _TRITONS_WAY
         compute = _converted(compute, interpreter._get_np_dtype(scalar))
-    elif id(scalar) not in _PLAIN:
+    elif id(scalar) not in PLAIN:
         return _TRITONS_WAY
     constants: list[np.ndarray | None] = []
     for x in operands:
@@ -304,9 +228,9 @@ def _moved_by(size: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
 def _is_number_of(x: Any, scalar: Any) -> bool:
     """Whether an operator takes a Python number for a number of the other operand's type, or of a narrower one."""
     if x.__class__ is int:
-        if id(scalar) in _SIGNED | _FLOATS:
+        if id(scalar) in SIGNED | FLOATS:
             return -(2**31) <= x < 2**31
-        return id(scalar) in _INTEGERS and 0 <= x < 2**32
+        return id(scalar) in INTEGERS and 0 <= x < 2**32
     if x.__class__ is float:
         size = abs(x)
         in_fp32 = size in (0.0, np.inf) or size != size or _SMALLEST_FP32 <= size <= _LARGEST_FP32
@@ -319,8 +243,8 @@ def _is_number_of(x: Any, scalar: Any) -> bool:
 
 #: Conversions that are one of NumPy's: from, and to.
 _CONVERSIONS = {
-    **{(x, id(y)): np.dtype(y.name) for x in _INTEGERS for y in (tl.int32, tl.int64, tl.uint32, tl.uint64)},
-    **{(x, id(tl.float32)): np.dtype(np.float32) for x in _INTEGERS | {id(tl.float16), id(tl.float64)}},
+    **{(x, id(y)): np.dtype(y.name) for x in INTEGERS for y in (tl.int32, tl.int64, tl.uint32, tl.uint64)},
+    **{(x, id(tl.float32)): np.dtype(np.float32) for x in INTEGERS | {id(tl.float16), id(tl.float64)}},
     **{(id(tl.float32), id(tl.float16)): np.dtype(np.float16), (id(tl.float32), id(tl.float64)): np.dtype(np.float64)},
 }
 
@@ -331,10 +255,10 @@ def _expanded_by(triton_getitem: Callable[..., Any]) -> Callable[..., Any]:
     def operation(x: Any, slices: Any) -> Any:
         if x.__class__ is tensor and len(x.shape.values) == 1 and x.type.__class__ is block_type:
             (size,) = x.type.shape.values
-            if slices == _COLUMN and _lasts(x.dtype):
-                return _made(x.handle.data[:, None], block_type(x.dtype, (size, 1)))
-            if slices == _ROW and _lasts(x.dtype):
-                return _made(x.handle.data[None, :], block_type(x.dtype, (1, size)))
+            if slices == _COLUMN and lasts(x.dtype):
+                return made(x.handle.data[:, None], block_type(x.dtype, (size, 1)))
+            if slices == _ROW and lasts(x.dtype):
+                return made(x.handle.data[None, :], block_type(x.dtype, (1, size)))
         return triton_getitem(x, slices)
 
     return operation
@@ -350,7 +274,7 @@ def _cast_by(triton_cast: Callable[..., Any]) -> Callable[..., Any]:
                 return x
             converted = _CONVERSIONS.get((id(x.dtype), id(dtype)))
             if converted is not None:
-                return _made(x.handle.data.astype(converted), _like(x.type, dtype))
+                return made(x.handle.data.astype(converted), _like(x.type, dtype))
         return triton_cast(x, dtype, *args, **options)
 
     return operation
@@ -412,7 +336,7 @@ def _store_by(triton_store: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _TRUE = TensorHandle(np.array([True]), tl.int1)
-_LOADED = _PLAIN - {id(tl.int1)} | {id(tl.bfloat16)}
+_LOADED = PLAIN - {id(tl.int1)} | {id(tl.bfloat16)}
 _cache_modifier = cache(_semantic._str_to_load_cache_modifier)
 _no_modifier = _semantic._str_to_store_cache_modifier("")
 _no_eviction = _semantic._str_to_eviction_policy("")
