@@ -26,7 +26,7 @@ def chosen(choose: Callable[[str, str], bool]) -> dict[tuple[str, str], CompileC
 
 def over(cases: Iterable[tuple[str, str]]) -> pytest.MarkDecorator:
     """Parametrization by ``target`` and ``name``. With --dist loadgroup one worker runs all tests of a case."""
-    keys = [pytest.param(*key, id="-".join(key), marks=pytest.mark.xdist_group("-".join(key))) for key in cases]
+    keys = [pytest.param(*key, id="-".join(key)) for key in cases]
     return pytest.mark.parametrize(("target", "name"), keys)
 
 

@@ -21,12 +21,13 @@ def pytest_configure(config):
     # two workers share the processors, and sums do not depend on how many there are
     torch.set_num_threads(1)
     if INTERPRETING:
-        from lowmem_kernels.testing import interpreter
+        from lowmem_kernels.testing import fast_interpreter, interpreter
 
         interpreter.install_approximate_roots()
         interpreter.install_fast_calls()
         interpreter.install_fp32_arguments()
         interpreter.install_round_to_nearest()
+        fast_interpreter.install_fast_operations()
 
 
 def pytest_collect_file(file_path, parent):
@@ -40,6 +41,21 @@ def pytest_collect_file(file_path, parent):
 def pytest_collection_modifyitems(items):
     for item in items:
         item.add_marker(_tier(item.path))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With --dist loadgroup, one worker runs all tests with the same parameters: what is compiled for one serves all.
+
+    xdist has a mark for that, which pytest 9.2 and xdist 3.8.0 together ignore without a word.
+    """
+    if config.getvalue("dist") == "loadgroup":
+        from xdist.scheduler import LoadScopeScheduling
+
+        scheduler = LoadScopeScheduling(config, log)
+        scheduler._split_scope = lambda nodeid: nodeid.partition("[")[2] or nodeid
+        return scheduler
+    return None
 
 
 def pytest_sessionstart(session):

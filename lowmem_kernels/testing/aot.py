@@ -238,7 +238,8 @@ def by_kind(accesses: Counter[tuple[str, int]]) -> dict[str, Counter[int]]:
 def disassembled(cubin: bytes) -> str:
     """Return NVIDIA's listing of a binary, with line information; it takes seconds, so the last few are kept."""
     with _as_file(cubin) as path:
-        return _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", path)
+        # what its analysis of branches by a stack would add, these binaries do not have: the text is the same without
+        return _run(triton.knobs.nvidia.nvdisasm.path, "-c", "-g", "-ndf", path)
 
 
 @contextmanager

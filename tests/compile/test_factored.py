@@ -76,14 +76,15 @@ def test_addresses_are_64_bits(target, name):
             assert offset.pointer in {"table_ptr", "addresses_ptr", "counters_ptr", "scratch_ptr"}, offset
 
 
-def test_carried_and_recomputed_sums_have_one_order():
+@over([("sm_90", "adafactor-bf16-aligned-stochastic")])
+def test_carried_and_recomputed_sums_have_one_order(target, name):
     """RMS(p) of a resumed run has the bits of an uninterrupted one: both sums of p² reduce one layout.
 
     The interpreter has no layouts; on a GPU the order in which threads add up a tile is that of its layout.
     """
-    case = CASES["sm_90", "adafactor-bf16-aligned-stochastic"]
+    case = CASES[target, name]
     rows, quads = case.constexprs["BLOCK_ROWS"], case.constexprs["BLOCK_COLS"] // 4
-    ttgir = compiled("sm_90", case.name).asm["ttgir"]
+    ttgir = compiled(target, name).asm["ttgir"]
     fours = re.findall(rf"\(tensor<{rows}x{quads}x4xf32, (#\w+)>\) -> tensor<{rows}x{quads}xf32", ttgir)
     whole = re.findall(rf"\(tensor<{rows * quads}xf32, (#\w+)>\) -> f32", ttgir)
     # before the update and after it; and sums over g, by rows and for vectors

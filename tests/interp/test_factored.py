@@ -14,12 +14,6 @@ from factored_buckets import DIALECTS, NAMES, RULES, assert_same_buckets, make_b
 from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import PRECISIONS, SHAPES, Case, Precision, assert_same_bits
 
-# NumPy warns of 1/0 and of overflow in what a kernel selects away
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 #: What SHAPES lacks: aligned rows wider than a narrow tile, in several tiles, slabs and groups; aligned small matrices,
 #: more than a ticket has; vectors of several groups; nothing at all in several ways.

@@ -11,8 +11,6 @@ from lowmem_kernels.factored.fields import SLAB
 from lowmem_kernels.testing import Case, Precision, bytes_moved
 from lowmem_kernels.testing.bytecount import count_bytes
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16)
 BF16_FP32 = Precision(torch.bfloat16, torch.bfloat16, torch.float32)
 FP32 = Precision(torch.float32, torch.float32, torch.float32)

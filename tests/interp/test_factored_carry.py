@@ -10,11 +10,6 @@ from factored_buckets import RULES, assert_same_buckets, make_bucket, set_gradie
 from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 CASES = [
     *(case for case in SHAPES if case.name in ("scalar", "empty", "odd_matrix", "transposed_param", "experts")),

@@ -12,11 +12,6 @@ from lowmem_kernels.factored import launch, schedule
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits
 from races import no_races
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 #: One of each layout and tile; several groups, slabs and matrices, and small ones that share a ticket.
 VARIED = [

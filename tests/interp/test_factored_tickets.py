@@ -20,11 +20,6 @@ from lowmem_kernels.tickets import Order
 from races import UnsatisfiedWait, no_races, unsatisfied_waits_raise
 from ticket_orders import late, random_order, reordered, words_of
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 #: One tile and layout, so one launch; two groups, three slabs, two matrices.
 CASES = [Case("matrix", (17, 72)), Case("vector", (8,)), Case("stack", (2, 3, 72)), Case("last", (2, 72))]
 #: A bundle for each parameter, so that the slots of the scratch are used again and again; and two more.

@@ -13,11 +13,6 @@ from lowmem_kernels.table import strides_of
 from lowmem_kernels.testing import PRECISIONS, SHAPES, Case, Precision
 from multinorm_buckets import HYPER, NAMES, RULES, make_bucket
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 #: One of each layout that is cheap to interpret; the rest with one rule only.
 FEW = [

@@ -129,7 +129,6 @@ def test_zero_gradients_with_lr_0_change_no_parameter_bit(case, dtype):
     assert_same_bits(params, starts)
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @both_dtypes
 @every_case
 def test_a_skipped_step_changes_nothing(case, dtype):
@@ -141,7 +140,6 @@ def test_a_skipped_step_changes_nothing(case, dtype):
     assert optimizer.nonfinite_count() == 1
 
 
-@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 @every_case
 def test_kept_elements_are_those_of_the_torch_backend(case):
     """skip_nonfinite="tensor" counts and keeps alike on both backends."""

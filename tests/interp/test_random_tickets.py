@@ -6,11 +6,6 @@ import pytest
 from factored_buckets import assert_same_buckets
 from random_tickets import NAMES_OF_DIALECTS, PHASED, PRECISIONS, random_bucket, random_order, restore
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter"),
-    pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy._core.fromnumeric"),
-]
-
 
 @pytest.mark.parametrize("dialect", NAMES_OF_DIALECTS)
 def test_random_orders_have_the_bits_of_the_phased_form(dialect, monkeypatch):

@@ -6,8 +6,6 @@ import torch
 from lowmem_kernels.testing.bytecount import count_bytes
 from lowmem_kernels.testing.verbs import VERBS, make_call
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 #: Aligned matrices, a stack of them, and a vector.
 SHAPES = [(24, 512), (2, 16, 64), (1024,)]
 
