@@ -15,8 +15,6 @@ from lowmem_kernels.table import strides_of
 from lowmem_kernels.testing import PRECISIONS, SHAPES, Case, Precision
 from projection_buckets import HYPER, NAMES, RULES, make_bucket
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.float32)
 #: One of each layout that is cheap to interpret; the rest with two rules only.

@@ -15,8 +15,6 @@ from projection_buckets import NAMES, RULES, assert_same_buckets, make_bucket
 from races import UnsatisfiedWait, no_races, unsatisfied_waits_raise
 from ticket_orders import late, random_order, reordered, words_of
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
 BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.float32)
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
 #: One of each layout; several groups and matrices.
