@@ -39,7 +39,11 @@ LEARNING_RATES = {
 }
 
 # Arguments without which the rate above is not taken, or not what it says
-OPTIONS: dict[str, dict[str, Any]] = {"Adafactor": {"relative_step": False, "scale_parameter": False}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Adafactor": {"relative_step": False, "scale_parameter": False},
+    # a quarter of the model's width, as in the paper; 256 would be all of it
+    "APOLLO": {"rank": 32},
+}
 
 # Arguments with a command-line option of their own
 NAMED_OPTIONS = {
@@ -109,10 +113,11 @@ def _is_optimizer(value: object) -> bool:
 
 
 def find(name: str) -> Choice:
-    """The optimizer of this name, in any case; raises ValueError that suggests near names."""
+    """The optimizer of this name, in any case and with any hyphens; raises ValueError that suggests near names."""
     known = choices()
-    if name.lower() in known:
-        return known[name.lower()]
+    key = name.lower().replace("-", "")
+    if key in known:
+        return known[key]
     for unsuitable, reason in UNSUITABLE.items():
         if name.lower() == f"torch.{unsuitable.lower()}":
             raise ValueError(f"torch.{unsuitable} cannot train this model: {reason}")
