@@ -7,6 +7,7 @@ from .adafactor import Adafactor
 from .adalomo import AdaLomo
 from .adamw import AdamW
 from .came import CAME
+from .fused_backward import fuse_backward
 from .lomo import Lomo
 from .mngd import MNGD
 from .roles import split_params
@@ -14,4 +15,16 @@ from .sinkgd import SinkGD
 from .swan import SWAN
 from .torch_adafactor import TorchAdafactor
 
-__all__ = ["CAME", "MNGD", "SWAN", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]
+__all__ = [
+    "CAME",
+    "MNGD",
+    "SWAN",
+    "AdaLomo",
+    "Adafactor",
+    "AdamW",
+    "Lomo",
+    "SinkGD",
+    "TorchAdafactor",
+    "fuse_backward",
+    "split_params",
+]
