@@ -83,7 +83,7 @@ class FusedBackward:
         self._clipping = clipping
         self._asks = accumulating
         self._names = names_of(model)
-        self._lock = threading.RLock()  # autograd has a thread for each device
+        self._lock = threading.RLock()
         self._depth = 0
         self._called, self._measuring, self._averaged = False, False, False
         self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
@@ -136,15 +136,15 @@ class FusedBackward:
         self._called = True
         try:
             if not exact or self._accumulates():
-                scaled.backward(retain_graph=retain_graph)
+                self._run(scaled, retain_graph)
             elif self._left_by_micro_batches():
                 with self.accumulate():
-                    scaled.backward(retain_graph=retain_graph)
+                    self._run(scaled, retain_graph)
                 self._update_all()
             else:
                 with self._measured():
-                    scaled.backward(retain_graph=True)
-                scaled.backward(retain_graph=retain_graph)
+                    self._run(scaled, retain_graph=True)
+                self._run(scaled, retain_graph)
         except BaseException:
             self.forget()
             raise
@@ -187,6 +187,8 @@ class FusedBackward:
                 "optimizer.step() was called with gradients of micro-batches that nothing has used; allowed: the last "
                 "micro-batch's backward pass outside of handle.accumulate(), or optimizer.zero_grad() to drop them"
             )
+        if self._underway and not self._groups.wait():
+            self._finish_pass()
         self.forget()
         given = [member for member in self._optimizer.members() if member[1].grad is not None]
         for group, param, identity in given:
@@ -196,10 +198,9 @@ class FusedBackward:
 
     def forget(self) -> None:
         """Forget the gradients of micro-batches and of a backward pass that has failed."""
-        if torch._C._current_graph_task_id() == -1:
-            self._micro_batches.clear()
-            self._groups.forget()
-            self._end_pass()
+        self._micro_batches.clear()
+        self._groups.forget()
+        self._end_pass()
 
     def watch(self) -> None:
         """Put hooks on parameters that have none yet, also on those that do not require a gradient now."""
@@ -211,9 +212,14 @@ class FusedBackward:
 
     # a backward pass
 
+    def _run(self, loss: Tensor, retain_graph: bool) -> None:
+        loss.backward(retain_graph=retain_graph)
+        # of a pass in which all was inside segments of reentrant checkpointing, nobody has seen the end
+        self._finish_pass()
+
     def _arrived(self, param: Tensor) -> None:
         """Called by autograd when the gradient of a parameter is complete."""
-        with self._lock:
+        with self._guarded():
             if torch.is_grad_enabled():
                 raise RuntimeError(
                     "backward(create_graph=True) on a fused model: gradients are used and freed, and have no graph; "
@@ -230,6 +236,16 @@ class FusedBackward:
             self._seen.add(param)
             self._process(self._groups.arrived(param))
 
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """One thread at a time; autograd has one for each device. After an error nothing of the pass is left."""
+        with self._lock:
+            try:
+                yield
+            except BaseException:
+                self.forget()
+                raise
+
     def _enter_task(self) -> None:
         """Be called back at the end of a pass. Each segment of reentrant checkpointing is one inside another."""
         task = torch._C._current_graph_task_id()
@@ -238,16 +254,11 @@ class FusedBackward:
             torch.autograd.Variable._execution_engine.queue_callback(self._task_ended)
 
     def _task_ended(self) -> None:
-        with self._lock:
-            inside_another = torch._C._current_autograd_node() is not None
-            if self._underway:
-                if not inside_another:
-                    # what the last micro-batch has not used, but others have
-                    for param in self._left_by_micro_batches():
-                        self._process(self._groups.arrived(param))
-                self._process_waiting()
-            if not inside_another:
+        with self._guarded():
+            if torch._C._current_autograd_node() is None:
                 self._finish_pass()
+            elif self._underway:
+                self._process_waiting()
 
     def _begin_pass(self) -> None:
         """Refuse what cannot be, before any parameter changes."""
@@ -269,6 +280,10 @@ class FusedBackward:
 
     def _finish_pass(self) -> None:
         if self._underway:
+            # what the last micro-batch has not used, but others have
+            for param in self._left_by_micro_batches():
+                self._process(self._groups.arrived(param))
+            self._process_waiting()
             if self._replicas is not None and not self._averaged:
                 self._replicas.end()
             self._clipping.end()
@@ -306,6 +321,7 @@ class FusedBackward:
         wait()
         self._use(params)
 
+    @torch.no_grad()
     def _use(self, params: list[Tensor]) -> None:
         buckets = self._groups.buckets(params)
         self._clipping.measure(buckets)
@@ -341,8 +357,8 @@ class FusedBackward:
     def _pass_over(self, params: list[Tensor]) -> None:
         self._begin_pass()
         for param in params:
+            self._seen.add(param)
             self._process(self._groups.arrived(param))
-        self._process_waiting()
         self._finish_pass()
 
     # micro-batches

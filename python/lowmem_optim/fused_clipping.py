@@ -49,10 +49,15 @@ class Clipping:
         self._clip_grad_value = clip_grad_value
         self._clip_param_norm = clip_param_norm
         self._loss_scale = loss_scale
-        self._device = optimizer.param_groups[0]["params"][0].device
+        self._fixed_scale = None if loss_scale in (None, "dynamic") else torch.tensor(float(loss_scale))
         #: norm of the last pass, before clipping and of the unscaled loss, if it was needed
         self.norm: Tensor | None = None
         self.exact: Tensor | None = None
+
+    @property
+    def _device(self) -> torch.device:
+        """Where numbers are kept: where the first parameter is."""
+        return next(iter(self._optimizer.members()))[1].device
 
     @property
     def scales(self) -> bool:
@@ -63,7 +68,9 @@ class Clipping:
         """Return the loss scale."""
         if self._loss_scale == "dynamic":
             return self._kept(LOSS_SCALE, FIRST_SCALE)[0]
-        return None if self._loss_scale is None else torch.tensor(float(self._loss_scale), device=self._device)
+        if self._fixed_scale is not None:
+            self._fixed_scale = self._fixed_scale.to(self._device)
+        return self._fixed_scale
 
     def begin(self, measuring: bool) -> None:
         """Start a pass, which only measures or is to update parameters."""

@@ -62,24 +62,31 @@ class GradientGroups:
         self._seen = [(group, len(group["params"])) for group in groups]
         self._known = {}
         self._entries = {}
-        sizes: dict[torch.device, list[int]] = {}
         for member in self._optimizer.members():
             group, param, _ = member
-            kind = (id(group), self._optimizer.rule_of(param, group), param.device, param.dtype)
-            self._entries[param] = _Entry(member, kind)
-            sizes.setdefault(param.device, []).append(param.nbytes)
-        self._limits = {device: _limit(each) for device, each in sizes.items()}
+            self._entries[param] = _Entry(member, (id(group), self._optimizer.rule_of(param, group)))
+        self._limits = {}
 
     def arrived(self, param: Tensor) -> list[Tensor]:
         """Return the parameters to be updated now that this one's gradient is there: itself among others, or none."""
         grad, device = param.grad, param.device
         assert grad is not None
-        kind = (*self._entries[param].kind, grad.dtype, stream_id(device))
+        kind = (*self._entries[param].kind, device, param.dtype, grad.dtype, stream_id(device))
         self._waiting.setdefault(kind, []).append(param)
-        self._bytes[device] = self._bytes.get(device, 0) + grad.nbytes
-        if self._alone or self._bytes[device] >= self._limits[device]:
+        self._bytes[device] = self._bytes.get(device, 0) + _bytes(grad)
+        if self._alone or self._bytes[device] >= self._limit(device):
             return self._leave(kind)
         return []
+
+    def _limit(self, device: torch.device) -> int:
+        if device not in self._limits:
+            sizes = sorted([_bytes(param) for param in self._entries if param.device == device])
+            self._limits[device] = min(GROUP_BYTES, sizes[-2] if len(sizes) > 1 else 0)
+        return self._limits[device]
+
+    def wait(self) -> bool:
+        """Whether any gradient waits."""
+        return bool(self._waiting)
 
     def all_waiting(self) -> list[list[Tensor]]:
         """Return what still waits, group by group; then nothing does."""
@@ -88,7 +95,7 @@ class GradientGroups:
     def _leave(self, kind: tuple[Hashable, ...]) -> list[Tensor]:
         params = self._waiting.pop(kind)
         device = params[0].device
-        self._bytes[device] -= sum([param.grad.nbytes for param in params if param.grad is not None])
+        self._bytes[device] -= sum([_bytes(param.grad) for param in params if param.grad is not None])
         _hold_for_stream(params, kind[-1])
         return params
 
@@ -118,8 +125,8 @@ def free_gradients(params: Iterable[Tensor], buckets: Iterable[Bucket]) -> None:
         bucket.grads.clear()
 
 
-def _limit(sizes: list[int]) -> int:
-    return min(GROUP_BYTES, sorted(sizes, reverse=True)[1] if len(sizes) > 1 else 0)
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.itemsize
 
 
 def _hold_for_stream(params: list[Tensor], stream: Hashable) -> None:

@@ -1,0 +1,75 @@
+"""How many gradients are alive at a time in a fused backward pass, and what waits for what."""
+
+import pytest
+import torch
+
+from lowmem_kernels.testing.allocations import Allocations, LiveGradients
+from lowmem_optim import SinkGD, fuse_backward
+from lowmem_optim.cli.model import ByteModel, ModelConfig
+from optim.fused import Net, adalomo
+
+
+def byte_model(layers=24):
+    torch.manual_seed(0)
+    return ByteModel(ModelConfig.from_width(layers, 32, 8)), torch.randint(0, 256, (1, 8))
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+    "make", [adalomo, lambda m: SinkGD(m.named_parameters(), lr=1e-2)], ids=["one-rule", "two-rules"]
+)
+def test_live_gradients_of_24_layers_are_at_most_those_of_the_two_largest_parameters(make, exact):
+    model, tokens = byte_model()
+    live = LiveGradients(list(model.parameters()))
+    optimizer = make(model)
+    handle = fuse_backward(model, optimizer, clip_grad_norm=1.0)
+    steps = []
+    optimizer_update = optimizer.update
+    optimizer.update = lambda bucket: steps.append(len(bucket.params)) or optimizer_update(bucket)
+    for _ in range(2):
+        handle.backward(model.loss(tokens, tokens), exact=exact)
+    largest = sorted((p.nbytes for p in model.parameters()), reverse=True)[:2]
+    layer = sum(p.nbytes for p in model.blocks[0].parameters())
+    assert 0 < live.peak <= sum(largest) <= 2 * layer
+    # every parameter in every step, small ones together with others
+    count = len(list(model.parameters()))
+    assert sum(steps) == 2 * count
+    assert len(steps) < 2 * count
+    assert len(handle._groups._known) == len(steps) / 2
+
+
+def test_allocated_bytes_of_a_backward_pass():
+    """By a tracker of all tensors: gradients, activations' gradients and what the reference needs for a parameter."""
+    peaks = {}
+    for fused in (False, True):
+        model, tokens = byte_model()
+        optimizer = adalomo(model)
+        if fused:
+            fuse_backward(model, optimizer)
+        optimizer.init_state()
+        loss = model.loss(tokens, tokens)
+        with Allocations() as allocations:
+            loss.backward()
+        peaks[fused], left = allocations.peak, allocations.now
+        parameters = sum(p.nbytes for p in model.parameters())
+        assert left == (0 if fused else parameters)
+    assert parameters <= peaks[False] < 1.05 * parameters
+    # 24 layers: two of them are a twelfth
+    assert peaks[True] < parameters / 6
+
+
+def test_gradients_wait_for_no_more_bytes_than_allowed(monkeypatch):
+    """With a tiny limit every parameter is updated alone; a large one is cut to the second largest parameter."""
+    sizes = []
+    for limit in (1, 1 << 30):
+        monkeypatch.setattr("lowmem_optim.fused_groups.GROUP_BYTES", limit)
+        model = Net()
+        optimizer = adalomo(model)
+        fuse_backward(model, optimizer)
+        sizes.append([])
+        update = optimizer.update
+        optimizer.update = lambda bucket, update=update: sizes[-1].append(len(bucket.params)) or update(bucket)
+        model.loss().backward()
+    assert sizes[0] == [1] * 6
+    assert sum(sizes[1]) == 6
+    assert len(sizes[1]) < 6
