@@ -306,7 +306,7 @@ class FusedBackward:
         if self._replicas is None or self._averaged:
             self._use(params)
             return
-        self._in_flight.append((params, self._replicas.average(params)))
+        self._in_flight.append((params, self._replicas.average(params, self._groups.identities(params))))
         if len(self._in_flight) > 1:
             self._use_sent()
 

@@ -84,6 +84,10 @@ class GradientGroups:
             self._limits[device] = min(GROUP_BYTES, sizes[-2] if len(sizes) > 1 else 0)
         return self._limits[device]
 
+    def identities(self, params: list[Tensor]) -> list[str | int]:
+        """Return the name of each parameter, or its position where the optimizer has no names."""
+        return [self._entries[param].member[2] for param in params]
+
     def wait(self) -> bool:
         """Whether any gradient waits."""
         return bool(self._waiting)

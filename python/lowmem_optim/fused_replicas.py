@@ -26,13 +26,13 @@ class Replicas:
         self._did = 0
         self._verdict: tuple[Callable[[], bool], Tensor] | None = None
 
-    def average(self, params: list[Tensor]) -> Callable[[], object]:
+    def average(self, params: list[Tensor], identities: list[str | int]) -> Callable[[], object]:
         """Start to average the gradients of parameters of one dtype and device; return what waits for it.
 
         Several become parts of one vector, which is what is sent.
         """
         grads = [param.grad for param in params if param.grad is not None]
-        self._did = zlib.crc32(repr([grad.shape for grad in grads]).encode(), self._did)
+        self._did = zlib.crc32(repr(identities).encode(), self._did)
         vectors = [grad.reshape(-1) for grad in grads]
         flat = (vectors[0] if len(vectors) == 1 else torch.cat(vectors)).div_(self._size)
         sizes = [grad.numel() for grad in grads]
