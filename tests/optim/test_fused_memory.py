@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
 
 from lowmem_kernels.testing.allocations import Allocations, LiveGradients
-from lowmem_optim import SinkGD, fuse_backward
+from lowmem_kernels.testing.fake_driver import fake_driver
+from lowmem_optim import Lomo, SinkGD, fuse_backward
 from lowmem_optim.cli.model import ByteModel, ModelConfig
 from optim.fused import Net, adalomo
+from optim.test_steady_state import calls_in
 
 
 def byte_model(layers=24):
@@ -52,8 +55,8 @@ def test_allocated_bytes_of_a_backward_pass():
             loss.backward()
         peaks[fused], left = allocations.peak, allocations.now
         parameters = sum(p.nbytes for p in model.parameters())
-        # RMS(p) of each parameter stays
-        assert left == (4 * len(list(model.parameters())) if fused else parameters)
+        # RMS(p) of each parameter stays, and how many NaN and Inf there were
+        assert left == (4 * len(list(model.parameters())) + 8 if fused else parameters)
     assert parameters <= peaks[False] < 1.05 * parameters
     # 24 layers: two of them are a twelfth
     assert peaks[True] < parameters / 6
@@ -74,3 +77,20 @@ def test_gradients_wait_for_no_more_bytes_than_allowed(monkeypatch):
     assert sizes[0] == [1] * 6
     assert sum(sizes[1]) == 6
     assert len(sizes[1]) < 6
+
+
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 1.0}], ids=str)
+def test_host_work_of_a_gradient_does_not_grow_with_the_number_of_parameters(options):
+    """Python and C functions that a backward pass calls, for each parameter; nothing is launched for real."""
+    counts = {}
+    with fake_driver():
+        for count in (20, 200):
+            params = [nn.Parameter(torch.ones(4, 64 if i % 3 else 256)) for i in range(count)]
+            model = nn.ParameterList(params)
+            optimizer = Lomo(params, backend="triton")
+            fuse_backward(model, optimizer, **options)
+            for _ in range(2):
+                sum(p.sum() for p in params).backward()
+            loss = sum(p.sum() for p in params)
+            counts[count] = calls_in(loss.backward) / count
+    assert counts[200] <= counts[20]
