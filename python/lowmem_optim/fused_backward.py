@@ -187,7 +187,7 @@ class FusedBackward:
                 "optimizer.step() was called with gradients of micro-batches that nothing has used; allowed: the last "
                 "micro-batch's backward pass outside of handle.accumulate(), or optimizer.zero_grad() to drop them"
             )
-        if self._underway and not self._groups.wait():
+        if self._underway and not self._groups.waits():
             self._finish_pass()
         self.forget()
         given = [member for member in self._optimizer.members() if member[1].grad is not None]

@@ -88,7 +88,7 @@ class GradientGroups:
         """Return the name of each parameter, or its position where the optimizer has no names."""
         return [self._entries[param].member[2] for param in params]
 
-    def wait(self) -> bool:
+    def waits(self) -> bool:
         """Whether any gradient waits."""
         return bool(self._waiting)
 

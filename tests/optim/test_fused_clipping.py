@@ -120,6 +120,21 @@ def test_a_sudden_large_gradient_moves_no_group_by_more_than_the_bound():
     assert max(moved) <= 1.0001
 
 
+def test_what_is_not_finite_does_not_enter_the_norm():
+    """It keeps its parameter, others are clipped by what is known, and the running norm stays."""
+    model = Weights(names=SMALL)
+    optimizer = AdaLomo(list(model.named_parameters()), lr=0.1)
+    handle = fuse_backward(model, optimizer, clip_grad_norm=1.0)
+    model.loss(0).backward()
+    before, norm = copies(model.parameters()), optimizer.param_groups[0]["fused_norm"].clone()
+    model.loss(1, spoil=OVERFLOW).backward()
+    for (name, p), q in zip(model.named_parameters(), before, strict=True):
+        assert p.isfinite().all()
+        assert torch.equal(p, q) == (name == OVERFLOW)
+    assert torch.equal(optimizer.param_groups[0]["fused_norm"], norm)
+    assert handle.grad_norm().isfinite()
+
+
 def test_infinity_only_measures():
     params, handle = fused(lomo, clip_grad_norm=math.inf)
     norms = []
