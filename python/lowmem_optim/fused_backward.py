@@ -85,13 +85,14 @@ class FusedBackward:
         self._names = names_of(model)
         self._lock = threading.RLock()
         self._depth = 0
-        self._called, self._measuring, self._averaged = False, False, False
+        # of the pass under way: came by `backward`; only measures; leaves gradients; has gradients that are averages
+        self._called, self._measuring, self._keeps, self._averaged = False, False, False, False
         self._hooks: dict[Tensor, torch.utils.hooks.RemovableHandle] = {}
         wrapper = find_wrapper(model)
         if wrapper is not None and process_group is None:
             process_group = wrapper.process_group
         self._unsynchronized = None if wrapper is None else Unsynchronized(wrapper)
-        device = optimizer.param_groups[0]["params"][0].device
+        device = next(iter(optimizer.members()))[1].device
         self._replicas = None if process_group is None else Replicas(process_group, device)
         self._micro_batches: dict[Tensor, None] = {}
         self._end_pass()
@@ -339,8 +340,6 @@ class FusedBackward:
             yield
         finally:
             self._measuring, self._keeps = False, False
-
-    _keeps = False
 
     def _update_all(self) -> None:
         """Update by gradients that all exist: measure, then use, group by group."""

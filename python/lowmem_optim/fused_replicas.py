@@ -44,7 +44,9 @@ class Replicas:
 
     def end(self) -> None:
         """Compare with the other processes what each has averaged in this pass."""
-        both = torch.tensor([self._did, -self._did], device=self._device)
+        # without waiting for the device, for which a tensor of numbers would
+        both = torch.full((2,), self._did, device=self._device)
+        both[1] = -self._did
         dist.all_reduce(both, dist.ReduceOp.MAX, group=self._group)
         self._did = 0
         if self._device.type == "cuda":
