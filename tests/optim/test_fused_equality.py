@@ -1,10 +1,13 @@
 """Updating in the backward pass gives every optimizer the bits of updating after it."""
 
+import lomo_optim
 import pytest
 import torch
 
+import lowmem_optim
+from lowmem_optim import fuse_backward
 from optim.every import CASES, both_dtypes, every_case
-from optim.fused import Weights, assert_same_runs, carry_on, run
+from optim.fused import Net, Weights, assert_same_runs, carry_on, run
 from optim.tensors import LAYOUTS, SMALL, assert_same_bits, copies
 
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -137,3 +140,23 @@ def test_unused_and_frozen_parameters_stay_and_get_no_state(case):
 
 def test_layouts_are_all_there():
     assert set(SMALL) < set(LAYOUTS)
+
+
+@pytest.mark.parametrize("name", ["Lomo", "AdaLomo"])
+def test_the_published_algorithms_in_the_loop_of_their_package(name, monkeypatch):
+    """Two passes with a bound on the norm that clips, and decay; float32, a few roundings apart."""
+    # of the package, where there is no GPU
+    monkeypatch.setattr(torch.Tensor, "cuda", lambda tensor: tensor)
+    options = {"lr": 1e-2, "clip_grad_norm": 1.0, "weight_decay": 0.1}
+    model, theirs = Net().eval(), Net().eval()
+    handle = fuse_backward(model, getattr(lowmem_optim, name)(model.named_parameters(), **options))
+    package = getattr(lomo_optim, name)(theirs, **options)
+    for step in range(4):
+        handle.backward(model.loss(step) * 50, exact=True)
+        loss = theirs.loss(step) * 50
+        package.grad_norm(loss)
+        package.fused_backward(loss, options["lr"])
+        assert handle.grad_norm() > 1
+    for p, q, start in zip(model.parameters(), theirs.parameters(), Net().parameters(), strict=True):
+        assert (p - q).norm() <= 1e-5 * (p - start).norm() + 2**-22 * p.norm()
+        assert not torch.equal(p, start)
