@@ -1,4 +1,4 @@
-"""AdaLomo in the backward pass with Accelerate: python examples/accelerate_loop.py (needs lowmem-kernels[hf])
+"""AdaLomo in the backward pass with Accelerate: python examples/accelerate_loop.py (needs pip install '.[hf]')
 
 Fuse what `prepare` returns. With several processes that is a DistributedDataParallel; gradients are then averaged, some
 at a time, before they are used.

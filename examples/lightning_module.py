@@ -1,4 +1,7 @@
-"""AdaLomo in the backward pass with Lightning: python examples/lightning_module.py (needs lowmem-kernels[lightning])"""
+"""AdaLomo in the backward pass with Lightning: python examples/lightning_module.py
+
+It needs pip install '.[lightning]'.
+"""
 
 import lightning.pytorch as pl
 import torch

@@ -1,6 +1,6 @@
 """AdaLomo in the backward pass with transformers.Trainer: python examples/transformers_trainer.py
 
-It needs lowmem-kernels[hf]. A small Llama with random weights learns to count; nothing is downloaded.
+It needs pip install '.[hf]'. A small Llama with random weights learns to count; nothing is downloaded.
 """
 
 import tempfile

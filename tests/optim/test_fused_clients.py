@@ -70,6 +70,21 @@ def test_transformers_trainer(tmp_path, monkeypatch):
     assert_same_bits(plain.model.parameters(), fused.model.parameters())
 
 
+def test_transformers_trainer_with_an_optimizer_of_ones_own(tmp_path, monkeypatch):
+    """By ``optimizers=``, without the Trainer's two groups: those decide which gradients are part of a norm so far."""
+    module = example("transformers_trainer")
+    expected = module.main(4, max_grad_norm=0.0, folder=str(tmp_path))
+    trainer = module.Trainer
+
+    def make(*, model, optimizer_cls_and_kwargs, **arguments):
+        cls, options = optimizer_cls_and_kwargs
+        return trainer(model=model, optimizers=(cls(model.named_parameters(), **options), None), **arguments)
+
+    monkeypatch.setattr(module, "Trainer", make)
+    found = module.main(4, max_grad_norm=0.0, folder=str(tmp_path))
+    assert_same_bits(found.model.parameters(), expected.model.parameters())
+
+
 @pytest.mark.filterwarnings("ignore")  # Lightning advises about workers and accelerators
 def test_lightning_module(monkeypatch):
     module = example("lightning_module")
