@@ -20,8 +20,15 @@ from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, chec
 from .clipping import on_device, stats_of_all, with_stats
 
 StateDict = dict[str, Any]
-#: a group, one of its parameters, and its identity: the name if there are names, else the position among all
-Member = tuple[dict[str, Any], Tensor, str | int]
+
+
+class Member(NamedTuple):
+    """A parameter, its group and its place there; the identity is its name, or without names its position among all."""
+
+    group: dict[str, Any]
+    place: int
+    param: Tensor
+    identity: str | int
 
 
 class FusedUpdates(Protocol):
@@ -183,19 +190,21 @@ class LowMemOptimizer(Optimizer):
     ) -> tuple[list[Bucket], list[list[int]]]:
         """Buckets, and the places of their parameters among all. All gradients are checked before any state is made."""
         found, checked = [], set()
-        for place, ((group, param, identity), grad) in enumerate(zip(all_members, grads, strict=True)):
+        for position, (member, grad) in enumerate(zip(all_members, grads, strict=True)):
             if grad is not None:
+                group, param = member.group, member.param
                 rule = self.rule_of(param, group)
                 kind = (id(group), rule, param.device, param.dtype, grad.dtype, grad.layout)
                 if kind not in checked:
-                    self._check_gradient(group, param, grad, identity)
+                    self._check_gradient(group, param, grad, member.identity)
                     checked.add(kind)
-                found.append((kind, rule, group, param, identity, place))
+                found.append((kind, rule, member, position))
         members: dict[tuple[Any, ...], list[tuple[dict[str, Any], str, Tensor, dict[str, Any], int]]] = {}
-        for kind, rule, group, param, identity, place in found:
-            state = self.state[param] or self.make_state(param, group, identity)
+        for kind, rule, member, position in found:
+            state = self.state[member.param] or self.make_state(member)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            members.setdefault((kind, *_narrow_parts(state)), []).append((group, rule, param, state, place))
+            one = (member.group, rule, member.param, state, position)
+            members.setdefault((kind, *_narrow_parts(state)), []).append(one)
         buckets, places = [], []
         for each in members.values():
             groups, rules, params, states, where = zip(*each, strict=True)
@@ -282,25 +291,25 @@ class LowMemOptimizer(Optimizer):
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
-        for group, param, identity in self.members():
-            if not self.state[param]:
-                self.make_state(param, group, identity)
+        for member in self.members():
+            if not self.state[member.param]:
+                self.make_state(member)
 
     def members(self) -> Iterator[Member]:
-        """(group, parameter, identity) of all; the identity is the name if there are names, else the position."""
+        """All parameters, in order."""
         position = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                yield group, param, names[i] if names else position
+                yield Member(group, i, param, names[i] if names else position)
                 position += 1
 
-    def make_state(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
+    def make_state(self, member: Member) -> dict[str, Any]:
         """Make, keep and return the state of a parameter that has none."""
-        state: dict[str, Any] = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["uid"] = uid_of(identity)
-        state.update(self.new_state(param, group))
+        state: dict[str, Any] = self.state[member.param]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=member.param.device)
+        state["uid"] = uid_of(member.identity)
+        state.update(self.new_state(member.param, member.group))
         return state
 
     # checkpoints
@@ -331,11 +340,12 @@ class LowMemOptimizer(Optimizer):
             for options in in_force:
                 self._check(options)
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
-            for (saved_id, options), (_group, param, identity) in zip(saved_params, self.members(), strict=False):
+            for (saved_id, options), member in zip(saved_params, self.members(), strict=False):
                 if saved_id in incoming["state"]:
+                    param = member.param
                     expected = self.new_state(torch.empty_like(param, device="meta"), options)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
-                    states[param] = converted_state(saved, expected, param, identity)
+                    states[param] = converted_state(saved, expected, param, member.identity)
             return {**incoming, "param_groups": saved_groups, "state": {}}
 
         def put(_: Optimizer) -> None:

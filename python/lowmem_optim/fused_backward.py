@@ -92,7 +92,7 @@ class FusedBackward:
         if wrapper is not None and process_group is None:
             process_group = wrapper.process_group
         self._unsynchronized = None if wrapper is None else Unsynchronized(wrapper)
-        device = next(iter(optimizer.members()))[1].device
+        device = next(optimizer.members()).param.device
         self._replicas = None if process_group is None else Replicas(process_group, device)
         self._micro_batches: dict[Tensor, None] = {}
         self._end_pass()
@@ -191,11 +191,11 @@ class FusedBackward:
         if self._underway and not self._groups.waits():
             self._finish_pass()
         self.forget()
-        given = [member for member in self._optimizer.members() if member[1].grad is not None]
-        for group, param, identity in given:
-            if not self._optimizer.state[param]:
-                self._optimizer.make_state(param, group, identity)
-            param.grad = None
+        for member in self._optimizer.members():
+            if member.param.grad is not None:
+                if not self._optimizer.state[member.param]:
+                    self._optimizer.make_state(member)
+                member.param.grad = None
 
     def forget(self) -> None:
         """Forget the gradients of micro-batches and of a backward pass that has failed."""
@@ -205,7 +205,7 @@ class FusedBackward:
 
     def watch(self) -> None:
         """Put hooks on parameters that have none yet, also on those that do not require a gradient now."""
-        for _, param, _ in self._optimizer.members():
+        for _, _, param, _ in self._optimizer.members():
             if param not in self._hooks:
                 requires_grad = param.requires_grad
                 self._hooks[param] = param.requires_grad_().register_post_accumulate_grad_hook(self._arrived)
@@ -343,7 +343,7 @@ class FusedBackward:
 
     def _update_all(self) -> None:
         """Update by gradients that all exist: measure, then use, group by group."""
-        params = [param for _, param, _ in self._optimizer.members() if param.grad is not None]
+        params = [member.param for member in self._optimizer.members() if member.param.grad is not None]
         with torch.no_grad(), self._measured(keep=True):
             self._pass_over(params)
         self._averaged = True

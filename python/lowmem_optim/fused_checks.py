@@ -42,7 +42,7 @@ def check_model(model: nn.Module, optimizer: LowMemOptimizer) -> None:
                 "parameters, also with DistributedDataParallel"
             )
     params = set(model.parameters())
-    missing = [identity for _, param, identity in optimizer.members() if param not in params]
+    missing = [member.identity for member in optimizer.members() if member.param not in params]
     if missing:
         raise ValueError(
             f"optimizer has {len(missing)} parameters that are none of the model's, {missing[0]!r} first; allowed: "

@@ -57,7 +57,7 @@ class Clipping:
     @property
     def _device(self) -> torch.device:
         """Where numbers are kept: where the first parameter is."""
-        return next(iter(self._optimizer.members()))[1].device
+        return next(self._optimizer.members()).param.device
 
     @property
     def scales(self) -> bool:
@@ -85,13 +85,15 @@ class Clipping:
         self._sums, self._all_sums = (torch.zeros(2, dtype=torch.float64, device=self._device) for _ in range(2))
 
     def measure(self, buckets: list[Bucket]) -> None:
-        """Add gradients to the norm of this pass, if anything needs it."""
-        if not self._needed or (self.exact is not None and not self._measuring):
+        """Take the norm of gradients that are used together, and add it to that of this pass, if anything needs it."""
+        if self._clip_param_norm is None and (not self._needed or (self.exact is not None and not self._measuring)):
             return
-        for bucket in buckets:
-            stats = grad_stats(bucket.grads, backend=bucket.group["backend"]).to(self._device, non_blocking=True)
-            self._all_sums += stats
-            self._sums += torch.where(stats.isfinite(), stats, 0.0)
+        device = self._device
+        each = [grad_stats(b.grads, backend=b.group["backend"]).to(device, non_blocking=True) for b in buckets]
+        self._own_sums = torch.stack(each).sum(0)
+        if self._needed:
+            self._all_sums += self._own_sums
+            self._sums += torch.where(self._own_sums.isfinite(), self._own_sums, 0.0)
 
     def transform(self, bucket: Bucket) -> GradTransform:
         """Return how the gradients of a bucket are to be read."""
@@ -104,14 +106,15 @@ class Clipping:
         bound = self._bound(group)
         if self.exact is not None:
             skips = {"skip_nonfinite": True if self.scales else group["skip_nonfinite"]}
-            return with_stats(transform, skips, bound, self.exact.to(bucket.device, torch.float32, non_blocking=True))
-        coefficient = None
-        if bound is not None:
+            stats = self.exact.to(bucket.device, torch.float32, non_blocking=True)
+            transform = with_stats(transform, skips, bound, stats)
+        elif bound is not None:
             coefficient = clip_coefficient(bound, torch.maximum(self._running_norm(), self._norm(self._sums)))
-        elif self._clip_param_norm is not None:
-            stats = grad_stats(bucket.grads, backend=group["backend"])
-            coefficient = clip_coefficient(self._clip_param_norm, self._norm(stats))
-        return replace(transform, clip_coef=on_device(bucket.device, coefficient))
+            transform = replace(transform, clip_coef=on_device(bucket.device, coefficient))
+        if self._clip_param_norm is not None:
+            coefficient = clip_coefficient(self._clip_param_norm, self._norm(self._own_sums))
+            transform = replace(transform, clip_coef=on_device(bucket.device, coefficient))
+        return transform
 
     def end(self) -> None:
         """Finish a pass: keep its norm, and adapt the loss scale."""

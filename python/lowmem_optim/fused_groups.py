@@ -63,8 +63,8 @@ class GradientGroups:
         self._known = {}
         self._entries = {}
         for member in self._optimizer.members():
-            group, param, _ = member
-            self._entries[param] = _Entry(member, (id(group), self._optimizer.rule_of(param, group)))
+            rule = self._optimizer.rule_of(member.param, member.group)
+            self._entries[member.param] = _Entry(member, (id(member.group), rule))
         self._limits = {}
 
     def arrived(self, param: Tensor) -> list[Tensor]:
@@ -86,7 +86,7 @@ class GradientGroups:
 
     def identities(self, params: list[Tensor]) -> list[str | int]:
         """Return the name of each parameter, or its position where the optimizer has no names."""
-        return [self._entries[param].member[2] for param in params]
+        return [self._entries[param].member.identity for param in params]
 
     def waits(self) -> bool:
         """Whether any gradient waits."""

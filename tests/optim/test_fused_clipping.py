@@ -51,15 +51,17 @@ def adamw(params):
     return AdamW(params, lr=0.01)
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("optimizer_of", [lomo, adamw])
-def test_value(optimizer_of):
-    params, _ = fused(optimizer_of, clip_grad_value=0.7)
+def test_value(optimizer_of, exact):
+    params, _ = fused(optimizer_of, exact, clip_grad_value=0.7)
     assert_same_bits(params, unfused(optimizer_of, lambda params: clip_grad_value_(params, 0.7)))
 
 
+@pytest.mark.parametrize("exact", [False, True])
 @pytest.mark.parametrize("optimizer_of", [lomo, adamw])
-def test_norm_of_each_parameter(optimizer_of):
-    params, _ = fused(optimizer_of, clip_param_norm=2.0)
+def test_norm_of_each_parameter(optimizer_of, exact):
+    params, _ = fused(optimizer_of, exact, clip_param_norm=2.0)
     assert_near(params, unfused(optimizer_of, lambda params: [clip_grad_norm_([p], 2.0) for p in params]))
 
 
