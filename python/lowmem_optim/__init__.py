@@ -8,6 +8,7 @@ from .adalomo import AdaLomo
 from .adamw import AdamW
 from .apollo import APOLLO, APOLLOMini
 from .came import CAME
+from .fused_backward import fuse_backward
 from .lomo import Lomo
 from .mngd import MNGD
 from .roles import split_params
@@ -29,5 +30,6 @@ __all__ = [
     "SinkGD",
     "TorchAdafactor",
     "apollo_from_training_args",
+    "fuse_backward",
     "split_params",
 ]

@@ -1,4 +1,4 @@
-"""AdaLomo's update rule as an ordinary optimizer: LOMO with factored second moments."""
+"""AdaLomo's update rule: LOMO with factored second moments."""
 
 from __future__ import annotations
 
@@ -37,7 +37,8 @@ class AdaLomo(FactoredOptimizer):
         weight_decay: decoupled, multiplied by the rate; not in the paper, but in its package.
         **options: see CommonOptions.
 
-    State: as `Adafactor` without momentum. This is the ordinary form, with gradients kept until `step`.
+    State: as `Adafactor` without momentum. `fuse_backward` makes it the published algorithm, which updates inside the
+    backward pass; otherwise gradients are kept until `step`.
 
     Source: arXiv 2310.10195, algorithm 1, with the square root, eps1 and decay_rate of the lomo-optim package.
     """

@@ -2,29 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from operator import is_
-from typing import Any, ClassVar, NamedTuple, overload
+from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import Optimizer, ParamsT
 
 from lowmem_kernels import GradTransform, choose
-from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
 from .buckets import OWN_RULE, Bucket
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
+from .clipping import on_device, stats_of_all, with_stats
 
 StateDict = dict[str, Any]
 
 
-class _Known(NamedTuple):
-    """The buckets of the last step, and what they depend on."""
+class Member(NamedTuple):
+    """A parameter, its group and its place there; the identity is its name, or without names its position among all."""
+
+    group: dict[str, Any]
+    place: int
+    param: Tensor
+    identity: str | int
+
+
+class FusedUpdates(Protocol):
+    """What an optimizer has to know of the handle of `fuse_backward`, which updates parameters in its place."""
+
+    def discard_gradients(self) -> None:
+        """Make the state of parameters that have a gradient, and drop the gradient: what `step` does meanwhile."""
+
+    def forget(self) -> None:
+        """Forget the gradients of micro-batches and of a backward pass that has failed."""
+
+    def watch(self) -> None:
+        """See to parameters that are new."""
+
+
+class Known(NamedTuple):
+    """The buckets that parameters with a gradient were sorted into, and what they depend on."""
 
     objects: list[object]
     facts: tuple[list[Any], ...]
@@ -49,7 +70,8 @@ class LowMemOptimizer(Optimizer):
         defaults = {**own, **self.common_defaults, **common}
         self._check(defaults)
         self._nonfinite: dict[torch.device, Tensor] = {}
-        self._known: _Known | None = None
+        self._known: Known | None = None
+        self.fused: FusedUpdates | None = None
         super().__init__(params, defaults)
 
     # what a subclass says
@@ -84,7 +106,7 @@ class LowMemOptimizer(Optimizer):
         raise NotImplementedError
 
     def begin_step(self, buckets: list[Bucket]) -> None:
-        """Do what is done once in a step, before any bucket is updated."""
+        """Do what is done once in a step for each group, of which these are the first buckets to be updated."""
 
     def update(self, bucket: Bucket) -> None:
         """Update the bucket's parameters and states, in place, once."""
@@ -100,6 +122,8 @@ class LowMemOptimizer(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; return what ``closure``, which recomputes the loss, returns.
 
+        After `fuse_backward` the backward pass updates parameters, in the closure too, and this changes none.
+
         Raises RuntimeError for sparse gradients and for backend="triton" where it cannot run, and TypeError for dtypes
         that a parameter may not have, before any update.
         """
@@ -107,6 +131,9 @@ class LowMemOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if self.fused is not None:
+            self.fused.discard_gradients()
+            return loss
         buckets = self._buckets()
         try:
             self._set_transforms(buckets)
@@ -118,12 +145,33 @@ class LowMemOptimizer(Optimizer):
                 bucket.grads = Gradients()  # buckets outlive the step, gradients need not
         return loss
 
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop gradients, as torch.optim.Optimizer does; after `fuse_backward` those of micro-batches, too."""
+        if self.fused is not None:
+            self.fused.forget()
+        super().zero_grad(set_to_none)
+
     def _buckets(self) -> list[Bucket]:
         """What has a gradient, sorted into buckets: those of the last step if nothing but gradients is new."""
         params = [param for group in self.param_groups for param in group["params"]]
         grads = [param.grad for param in params]
+        self._known = self.sorted(params, grads, self.members, self.state.values, self._known)
+        return self._known.buckets
+
+    def sorted(
+        self,
+        params: list[Tensor],
+        grads: list[Tensor | None],
+        members: Callable[[], Iterable[Member]],
+        states: Callable[[], Iterable[object]],
+        known: Known | None,
+    ) -> Known:
+        """Sort parameters that have a gradient into buckets: those of ``known`` if nothing but gradients is new.
+
+        ``members`` are the parameters with what there is to know of each, ``states`` their states, as they are now.
+        """
         # what a bucket depends on. Tensors and states are compared by identity
-        objects = [*params, *self.param_groups, *self.state.values()]
+        objects = [*params, *self.param_groups, *states()]
         facts = (
             [len(group["params"]) for group in self.param_groups],
             [*map(Tensor.data_ptr, params)],
@@ -131,34 +179,36 @@ class LowMemOptimizer(Optimizer):
             [None if grad is None else grad.dtype for grad in grads],
             [None if grad is None else grad.layout for grad in grads],
         )
-        known = self._known
         if known is None or known.facts != facts or not _same_objects(known.objects, objects):
-            buckets, places = self._make_buckets()
+            buckets, places = self._make_buckets(members(), grads)
             # states may have been made just now
-            objects = [*params, *self.param_groups, *self.state.values()]
-            known = self._known = _Known(objects, facts, buckets, places)
+            objects = [*params, *self.param_groups, *states()]
+            known = Known(objects, facts, buckets, places)
         for bucket, where in zip(known.buckets, known.places, strict=True):
-            bucket.grads = Gradients([grads[i] for i in where])
+            bucket.grads = Gradients([grads[i] for i in where])  # type: ignore[misc]
             bucket.notice()
-        return known.buckets
+        return known
 
-    def _make_buckets(self) -> tuple[list[Bucket], list[list[int]]]:
+    def _make_buckets(
+        self, all_members: Iterable[Member], grads: list[Tensor | None]
+    ) -> tuple[list[Bucket], list[list[int]]]:
         """Buckets, and the places of their parameters among all. All gradients are checked before any state is made."""
         found, checked = [], set()
-        for place, (group, param, identity) in enumerate(self._parameters()):
-            grad = param.grad
+        for position, (member, grad) in enumerate(zip(all_members, grads, strict=True)):
             if grad is not None:
+                group, param = member.group, member.param
                 rule = self.rule_of(param, group)
                 kind = (id(group), rule, param.device, param.dtype, grad.dtype, grad.layout)
                 if kind not in checked:
-                    self._check_gradient(group, param, grad, identity)
+                    self._check_gradient(group, param, grad, member.identity)
                     checked.add(kind)
-                found.append((kind, rule, group, param, identity, place))
+                found.append((kind, rule, member, position))
         members: dict[tuple[Any, ...], list[tuple[dict[str, Any], str, Tensor, dict[str, Any], int]]] = {}
-        for kind, rule, group, param, identity, place in found:
-            state = self.state[param] or self._make_state(param, group, identity)
+        for kind, rule, member, position in found:
+            state = self.state[member.param] or self.make_state(member)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            members.setdefault((kind, *_narrow_parts(state)), []).append((group, rule, param, state, place))
+            one = (member.group, rule, member.param, state, position)
+            members.setdefault((kind, *_narrow_parts(state)), []).append(one)
         buckets, places = [], []
         for each in members.values():
             groups, rules, params, states, where = zip(*each, strict=True)
@@ -180,21 +230,31 @@ class LowMemOptimizer(Optimizer):
         """Give every bucket its GradTransform, without waiting for the device."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inv_scale = None if grad_scale is None else grad_scale.float().reciprocal()
-        stats = _stats_of_all(buckets)
-        if stats is not None and any(bucket.group["skip_nonfinite"] for bucket in buckets):
-            self._nonfinite_on(stats.device).add_(stats[1].long())
+        stats = stats_of_all(buckets)
+        if stats is not None:
+            self.count_nonfinite(stats)
         for bucket in buckets:
-            group, device = bucket.group, bucket.device
-            bucket.transform = GradTransform(
-                inv_scale=_on(device, inv_scale),
-                clip_value=group.get("clip_grad_value"),
-                maximize=group["maximize"],
-                found_inf=_on(device, found_inf),
-                skip_nonfinite=group["skip_nonfinite"] == "tensor",
-                skipped=self._nonfinite_on(device),
-            )
+            bucket.transform = self.transform_of(bucket, inv_scale, found_inf)
             if stats is not None:
-                bucket.transform = _with_stats(bucket.transform, group, stats.to(device, non_blocking=True))
+                group, here = bucket.group, stats.to(bucket.device, non_blocking=True)
+                bucket.transform = with_stats(bucket.transform, group, group.get("clip_grad_norm"), here)
+
+    def transform_of(self, bucket: Bucket, inv_scale: Tensor | None, found_inf: Tensor | None) -> GradTransform:
+        """Return how gradients of a bucket are read, by the options of its group."""
+        group, device = bucket.group, bucket.device
+        return GradTransform(
+            inv_scale=on_device(device, inv_scale),
+            clip_value=group.get("clip_grad_value"),
+            maximize=group["maximize"],
+            found_inf=on_device(device, found_inf),
+            skip_nonfinite=group["skip_nonfinite"] == "tensor",
+            skipped=self._nonfinite_on(device),
+        )
+
+    def count_nonfinite(self, stats: Tensor) -> None:
+        """Count the NaN and Inf that `grad_stats` has found, unless no group skips for them."""
+        if any(group["skip_nonfinite"] for group in self.param_groups):
+            self._nonfinite_on(stats.device).add_(stats[1].long())
 
     def nonfinite_count(self) -> int:
         """Return how many elements, or for factored rules parameters, NaN and Inf kept still. Waits for the device."""
@@ -225,6 +285,8 @@ class LowMemOptimizer(Optimizer):
             self.param_groups.pop()
             raise
         _place_lr(group)
+        if self.fused is not None:
+            self.fused.watch()
 
     def _check(self, options: Mapping[str, Any]) -> None:
         self.check_lr(options)
@@ -233,24 +295,25 @@ class LowMemOptimizer(Optimizer):
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
-        for group, param, identity in self._parameters():
-            if not self.state[param]:
-                self._make_state(param, group, identity)
+        for member in self.members():
+            if not self.state[member.param]:
+                self.make_state(member)
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str | int]]:
-        """(group, parameter, identity) of all; the identity is the name if there are names, else the position."""
+    def members(self) -> Iterator[Member]:
+        """All parameters, in order."""
         position = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                yield group, param, names[i] if names else position
+                yield Member(group, i, param, names[i] if names else position)
                 position += 1
 
-    def _make_state(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-        state["uid"] = uid_of(identity)
-        state.update(self.new_state(param, group))
+    def make_state(self, member: Member) -> dict[str, Any]:
+        """Make, keep and return the state of a parameter that has none."""
+        state: dict[str, Any] = self.state[member.param]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=member.param.device)
+        state["uid"] = uid_of(member.identity)
+        state.update(self.new_state(member.param, member.group))
         return state
 
     # checkpoints
@@ -258,6 +321,7 @@ class LowMemOptimizer(Optimizer):
     def __setstate__(self, state: StateDict) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_nonfinite", {})
+        self.__dict__.setdefault("fused", None)
         self._known = None
         for group in self.param_groups:
             for name, default in self.defaults.items():
@@ -280,11 +344,12 @@ class LowMemOptimizer(Optimizer):
             for options in in_force:
                 self._check(options)
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
-            for (saved_id, options), (_group, param, identity) in zip(saved_params, self._parameters(), strict=False):
+            for (saved_id, options), member in zip(saved_params, self.members(), strict=False):
                 if saved_id in incoming["state"]:
+                    param = member.param
                     expected = self.new_state(torch.empty_like(param, device="meta"), options)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
-                    states[param] = converted_state(saved, expected, param, identity)
+                    states[param] = converted_state(saved, expected, param, member.identity)
             return {**incoming, "param_groups": saved_groups, "state": {}}
 
         def put(_: Optimizer) -> None:
@@ -316,28 +381,3 @@ def _place_lr(group: dict[str, Any]) -> None:
     if group["capturable"] and group["lr"] is not None:
         device = next((param.device for param in group["params"]), None)
         group["lr"] = torch.as_tensor(group["lr"], dtype=torch.float32, device=device)
-
-
-def _stats_of_all(buckets: list[Bucket]) -> Tensor | None:
-    """`grad_stats` over all buckets on the first one's device, if an option of any of them needs it."""
-    if not any(b.group["skip_nonfinite"] == "step" or b.group.get("clip_grad_norm") is not None for b in buckets):
-        return None
-    stats = [grad_stats(bucket.grads, backend=bucket.group["backend"]) for bucket in buckets]
-    return torch.stack([s.to(stats[0].device, non_blocking=True) for s in stats]).sum(0)
-
-
-def _with_stats(transform: GradTransform, group: Mapping[str, Any], stats: Tensor) -> GradTransform:
-    """Add the global clip coefficient, and skip the step where any gradient, and so the norm, is not finite."""
-    max_norm = group.get("clip_grad_norm")
-    if max_norm is not None:
-        norm = stats[0].sqrt() if transform.inv_scale is None else stats[0].sqrt() * transform.inv_scale
-        transform = replace(transform, clip_coef=(max_norm / (norm + 1e-6)).clamp(max=1.0))
-    if group["skip_nonfinite"] is not False:
-        nonfinite = (stats[1] > 0).float()
-        found_inf = nonfinite if transform.found_inf is None else torch.maximum(transform.found_inf, nonfinite)
-        transform = replace(transform, found_inf=found_inf)
-    return transform
-
-
-def _on(device: torch.device, scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)

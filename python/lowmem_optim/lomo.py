@@ -1,4 +1,4 @@
-"""LOMO's update rule as an ordinary optimizer: the scaled gradient, clipped, and no state."""
+"""LOMO's update rule: the scaled gradient, clipped, and no state."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Lomo(LowMemOptimizer):
         weight_decay: decoupled, multiplied by lr; not in the paper, but in its package.
         **options: see CommonOptions.
 
-    State: ``step`` and ``uid``, which key the rounding noise: nothing for each element. This is the ordinary form, with
-    gradients kept until `step`.
+    State: ``step`` and ``uid``, which key the rounding noise: nothing for each element. `fuse_backward` makes it the
+    published algorithm, which updates inside the backward pass; otherwise gradients are kept until `step`.
 
     Source: arXiv 2306.09782; order of scale, clamp and clip as in the lomo-optim package.
     """

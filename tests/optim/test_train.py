@@ -98,6 +98,24 @@ def test_rules_for_matrices_with_their_fallback(train):
     assert max(run["figures"]["state_bytes_per_parameter"] for run in record["runs"]) < 0.5
 
 
+def test_fused_backward(train, tmp_path):
+    """The loss is that of ordinary steps to the last bit where nothing is clipped; fewer gradients are alive."""
+    options = ["-o", "adalomo", "-c", "torch.SGD", "--clip-grad-norm", "0"]
+    result, record = train(*options, "--fused-backward")
+    assert result.exit_code == 0, result.output
+    assert "AdaLomo (fused)" in (tmp_path / "run" / "table.md").read_text()
+    _, plain = train(*options, out="plain")
+    (fused, sgd), (ordinary, _) = record["runs"], plain["runs"]
+    assert fused["training_loss"] == ordinary["training_loss"]
+    assert [run["fused"] for run in (fused, sgd, ordinary)] == [True, False, False]
+    assert sgd["gradient_bytes"] == ordinary["gradient_bytes"] == 4 * fused["parameters"]
+    assert 0 < fused["gradient_bytes"] < 0.6 * ordinary["gradient_bytes"]
+    assert fused["figures"]["gradient_mib"] == fused["gradient_bytes"] / 2**20
+    # a bound on the norm is that of the running norm
+    _, clipped = train("-o", "lomo", "--fused-backward", "--clip-grad-norm", "0.1", out="clipped")
+    assert clipped["runs"][0]["status"] == "finished"
+
+
 def test_bfloat16(train):
     result, record = train(*PAIR, "--dtype", "bf16")
     assert result.exit_code == 0, result.output
@@ -145,6 +163,8 @@ def test_interruption_keeps_what_was_measured(train, tmp_path, monkeypatch, step
         (["--opt", "momentun=1"], "'--opt': 'momentun' is not an argument of torch.SGD; did you mean momentum?"),
         (["--opt", "momentum=-1"], "momentum=-1): Invalid momentum value"),
         (["--backend", "torch"], "'--backend': 'backend' is not an argument of torch.SGD"),
+        (["--fused-backward"], "'--fused-backward': torch.SGD cannot; name one of this package"),
+        (["-o", "lomo", "--fused-backward", "--opt", "skip_nonfinite=step"], "Lomo: skip_nonfinite is 'step'"),
         (["--dim", "100"], "'--dim': 100 is not a multiple of 32"),
         (["--warmup", "4"], "'--warmup': 4 is more than --steps 3"),
         (["--device", "tpu"], "'--device': 'tpu' is not available; this machine has cpu"),

@@ -11,6 +11,8 @@ from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from lowmem_kernels.testing.allocations import LiveGradients
+from lowmem_optim import fuse_backward
 from lowmem_optim.cli.data import Batch, Text, training_batches, validation_batches
 from lowmem_optim.cli.measure import PeakMemory, now, state_bytes
 from lowmem_optim.cli.model import ByteModel, ModelConfig
@@ -24,7 +26,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TrainConfig:
     """What every compared optimizer has in common; `clip_grad_norm` 0 means no clipping.
 
-    `options` go to those optimizers that take them; `lr` None means each optimizer's own default.
+    `options` go to those optimizers that take them; `lr` None means each optimizer's own default. With `fused_backward`
+    those of this package update inside the backward pass.
     """
 
     model: ModelConfig
@@ -39,6 +42,7 @@ class TrainConfig:
     eval_every: int
     eval_batches: int
     options: dict[str, Any]
+    fused_backward: bool = False
 
     @property
     def tokens_per_step(self) -> int:
@@ -51,19 +55,22 @@ class Run:
     """One optimizer's training so far: losses in nats per byte, times in milliseconds, memory in bytes.
 
     `status` is "running", then "finished", "diverged" (a loss was not finite) or "interrupted" (by Ctrl-C).
-    `validation_loss` holds (steps taken, loss) pairs.
+    `validation_loss` holds (steps taken, loss) pairs; `gradient_bytes` are those of the gradients alive at a time, at
+    most.
     """
 
     optimizer: str
     lr: float
     parameters: int
     tokens_per_step: int
+    fused: bool = False
     status: str = "running"
     training_loss: list[float] = field(default_factory=list)
     validation_loss: list[tuple[int, float]] = field(default_factory=list)
     step_ms: list[float] = field(default_factory=list)
     optimizer_ms: list[float] = field(default_factory=list)
     state_bytes: int = 0
+    gradient_bytes: int = 0
     peak_bytes: int | None = None
     wall_seconds: float = 0.0
 
@@ -79,7 +86,13 @@ class NotFiniteError(Exception):
 
 def train(choice: Choice, config: TrainConfig, text: Text, show: Callable[[Run], None]) -> Run:
     """Trains a fresh model and calls `show` after every step; divergence and Ctrl-C end up in the run's status."""
-    run = Run(choice.name, learning_rate(choice, config), config.model.parameters, config.tokens_per_step)
+    run = Run(
+        choice.name,
+        learning_rate(choice, config),
+        config.model.parameters,
+        config.tokens_per_step,
+        fused=config.fused_backward and choice.can_fuse,
+    )
     memory = PeakMemory(torch.device(config.device))
     start = time.perf_counter()
     try:
@@ -104,8 +117,10 @@ def rehearse(choices: list[Choice], config: TrainConfig, text: Text) -> None:
     for choice in choices:
         model = build_model(config)
         optimizer = build_optimizer(choice, model, config)
-        model.loss(batch.tokens, batch.targets).backward()
         try:
+            if config.fused_backward and choice.can_fuse:
+                fuse(model, optimizer, config)
+            model.loss(batch.tokens, batch.targets).backward()
             optimizer.step()
         except RuntimeError as error:  # a backend that cannot run here
             raise ValueError(f"{choice.name}: {error}") from error
@@ -141,6 +156,11 @@ def build_optimizer(choice: Choice, model: ByteModel, config: TrainConfig) -> Op
     return choice.build(model, learning_rate(choice, config), options)
 
 
+def fuse(model: ByteModel, optimizer: Optimizer, config: TrainConfig) -> None:
+    """Make backward passes update the model."""
+    fuse_backward(model, optimizer, clip_grad_norm=config.clip_grad_norm or None)
+
+
 def schedule(step: int, warmup: int, steps: int) -> float:
     """Fraction of the learning rate at a step from 0: linear over `warmup` steps, then a cosine down to 0.1."""
     if step < warmup:
@@ -168,7 +188,10 @@ def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Call
     model = build_model(config)
     optimizer = build_optimizer(choice, model, config)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, config.warmup, config.steps))
-    clip_here = 0.0 if choice.takes("clip_grad_norm") else config.clip_grad_norm
+    gradients = LiveGradients([*model.parameters()])
+    if run.fused:
+        fuse(model, optimizer, config)
+    clip_here = 0.0 if run.fused or choice.takes("clip_grad_norm") else config.clip_grad_norm
     validation = validation_batches(text.validation, config.batch_size, config.model.context, config.eval_batches)
 
     for taken, batch in zip(range(1, config.steps + 1), _batches(config, text), strict=False):
@@ -182,6 +205,9 @@ def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Call
         after = now(device)
         optimizer.zero_grad()
         scheduler.step()
+        # one step tells, and looking at all parameters again and again takes time
+        gradients.remove()
+        run.gradient_bytes = gradients.peak
         run.training_loss.append(_finite(loss.item()))
         run.step_ms.append((now(device) - start) * 1e3)
         run.optimizer_ms.append((after - before) * 1e3)

@@ -81,6 +81,11 @@ class Choice:
         names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
         return names | self.cls.common_defaults.keys() if issubclass(self.cls, LowMemOptimizer) else names
 
+    @property
+    def can_fuse(self) -> bool:
+        """Whether `fuse_backward` takes it."""
+        return issubclass(self.cls, LowMemOptimizer)
+
     def takes(self, option: str) -> bool:
         """Whether the constructor has an argument of this name."""
         return option in self.arguments

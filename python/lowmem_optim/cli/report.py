@@ -21,7 +21,10 @@ PEAK_NOTES = {
     "cuda": "peak of the device memory allocated to tensors, above that from before the model was made: "
     "parameters, gradients, activations and optimizer state",
 }
-TIME_NOTE = "median over all steps; the optimizer's step includes gradient clipping, fused into it or not"
+TIME_NOTE = (
+    "median over all steps; the optimizer's step includes gradient clipping, fused into it or not; "
+    "where the update is fused into the backward pass, it is in the whole step only"
+)
 
 # figure, row label and number format, in the table's order
 ROWS: list[tuple[str, str, Callable[[float], str]]] = [
@@ -32,6 +35,7 @@ ROWS: list[tuple[str, str, Callable[[float], str]]] = [
     ("loss_above_baseline", "nats/byte above {baseline}", "{:+.4f}".format),
     ("state_mib", "optimizer state, MiB", "{:,.2f}".format),
     ("state_bytes_per_parameter", "optimizer state, bytes/parameter", "{:.3f}".format),
+    ("gradient_mib", "gradients at a time, MiB", "{:,.2f}".format),
     ("peak_mib", "peak memory, MiB ¹", "{:,.1f}".format),
     ("optimizer_ms", "optimizer step, ms ²", "{:.2f}".format),
     ("step_ms", "whole step, ms ²", "{:.1f}".format),
@@ -53,6 +57,7 @@ def figures(run: Run, baseline: Run) -> dict[str, float | None]:
         "loss_above_baseline": above,
         "state_mib": run.state_bytes / MIB,
         "state_bytes_per_parameter": run.state_bytes / run.parameters,
+        "gradient_mib": run.gradient_bytes / MIB,
         "peak_mib": None if run.peak_bytes is None else run.peak_bytes / MIB,
         "optimizer_ms": statistics.median(run.optimizer_ms) if run.optimizer_ms else None,
         "step_ms": step_ms,
@@ -65,8 +70,8 @@ def comparison(runs: list[Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
     table = Table(box=style)
     table.add_column()
     for run in runs:
-        note = "" if run.status == "finished" else f" ({run.status})"
-        table.add_column(run.optimizer + note, justify="right")
+        notes = (["fused"] if run.fused else []) + ([] if run.status == "finished" else [run.status])
+        table.add_column(run.optimizer + "".join(f" ({note})" for note in notes), justify="right")
     columns = [figures(run, runs[0]) for run in runs]
     for name, label, form in ROWS:
         cells = [ABSENT if (value := column[name]) is None else form(value) for column in columns]

@@ -56,6 +56,14 @@ def train_command(
         list[str] | None,
         option(COMPARED, "Argument for those that take it, as in betas=(0.9,0.95). Repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    fused_backward: Annotated[
+        bool,
+        option(
+            COMPARED,
+            "Update inside the backward pass, clipped by the running norm; of this package's optimizers only.",
+            "--fused-backward",
+        ),
+    ] = False,
     backend: Annotated[
         Literal["auto", "triton", "torch"], option(COMPARED, "Implementation of this package's optimizers.")
     ] = "auto",
@@ -113,6 +121,9 @@ def train_command(
             with blaming(flag):
                 registry.require_taker(key, choices)
             options[key] = value
+    if fused_backward and not any(choice.can_fuse for choice in choices):
+        names = " and ".join(choice.name for choice in choices)
+        raise typer.BadParameter(f"{names} cannot; name one of this package", param_hint="'--fused-backward'")
     with blaming("--dim"):
         model = ModelConfig.from_width(layers, dim, context)
     if warmup is not None and warmup > steps:
@@ -134,6 +145,7 @@ def train_command(
         eval_every=eval_every,
         eval_batches=eval_batches,
         options=options,
+        fused_backward=fused_backward,
     )
     with blaming(None):
         loop.rehearse(choices, config, text)
