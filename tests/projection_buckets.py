@@ -7,7 +7,8 @@ from torch import Tensor
 
 from buckets import FP32, SEED
 from lowmem_kernels import Rounding
-from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, moment_shape, norm_shape
+from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_
+from lowmem_kernels.projection.rule import moment_shape, norm_shape
 from lowmem_kernels.testing import Case, Precision, assert_same_bits, make_tensors
 
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "norms", "epochs", "steps")

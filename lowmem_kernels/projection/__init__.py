@@ -33,15 +33,13 @@ from torch import Tensor
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
 from .checks import check_apply, check_draw, check_project, check_rank, check_update
-from .rule import ApolloRule, Draw, moment_shape, norm_shape, projected_scale, sides_of
+from .rule import ApolloRule, Draw
 
 __all__ = [
     "ApolloRule",
     "Draw",
     "apollo_update_",
     "channel_apply_",
-    "moment_shape",
-    "norm_shape",
     "project",
     "projection_matrix",
 ]
@@ -163,12 +161,10 @@ def projection_matrix(
     """
     check_rank(rank, proj_type)
     check_draw(draw, rank)
-    device = torch.device(device)
-    sides = sides_of(tuple(shape), rank, proj_type, conv)
     matrix: Tensor = implementation(__name__, backend, (torch.empty(0, device=device),)).projection_matrix(
-        sides, draw=draw, device=device
+        shape, rank=rank, draw=draw, proj_type=proj_type, conv=conv, device=device
     )
-    return matrix * projected_scale(sides.rank) if sides.projected else matrix
+    return matrix
 
 
 def channel_apply_(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..device import is_capturing, launching_on, stream_id
 from ..tensors import Tensors, remembered
-from .draw import OWN, SHARED, draw_key, is_shared, shared_key, torch_projection
+from .draw import is_shared, key_of, torch_projection
 from .kernels import _projection_kernel
 from .rule import Draw, Sides
 
@@ -26,8 +26,8 @@ _captured: list[Bank] = []
 class Bank:
     """The projection of one number of contracted elements and one rank, bfloat16 [rank, contracted]."""
 
-    def __init__(self, contracted: int, rank: int, source: str, key: int, tag: int, device: torch.device) -> None:
-        self.values = torch.empty(rank, contracted, dtype=torch.bfloat16, device=device)
+    def __init__(self, sides: Sides, source: str, key: int, tag: int, device: torch.device) -> None:
+        self.values = torch.empty(sides.rank, sides.contracted, dtype=torch.bfloat16, device=device)
         self._source, self._key, self._tag = source, key, tag
         self._drawn = torch.full((), _NOTHING_DRAWN, dtype=torch.int64, device=device)
         self._epoch: int | None = None
@@ -57,14 +57,10 @@ class Bank:
 
 
 @lru_cache(maxsize=64)
-def shared_bank(contracted: int, rank: int, source: str, seed: int, device: torch.device, stream: int) -> Bank:
-    """Return what all parameters with as many contracted elements share; it belongs to a stream."""
-    return Bank(contracted, rank, source, shared_key(seed, contracted, rank), SHARED, device)
-
-
-def own_bank(contracted: int, rank: int, source: str, seed: int, uid: int, device: torch.device) -> Bank:
-    """Return a parameter's own projection, which kernels draw without keeping it."""
-    return Bank(contracted, rank, source, draw_key(seed, uid), OWN, device)
+def _shared_bank(contracted: int, rank: int, source: str, seed: int, device: torch.device, stream: int) -> Bank:
+    """What all parameters with as many contracted elements share; it belongs to a stream."""
+    sides = Sides(1, 1, contracted, True, rank, True)
+    return Bank(sides, source, *key_of(sides, Draw(source, seed), 0), device)
 
 
 def projections_of(tensors: Sequence[Tensor], sides: Sequence[Sides], draw: Draw) -> Tensors:
@@ -84,7 +80,7 @@ def projections_of(tensors: Sequence[Tensor], sides: Sequence[Sides], draw: Draw
     def make() -> tuple[Tensors, list[Bank]]:
         shared = [side.projected and is_shared(side, draw.source) for side in sides]
         found = [
-            shared_bank(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device)) if has else None
+            _shared_bank(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device)) if has else None
             for side, has in zip(sides, shared, strict=True)
         ]
         banks = dict.fromkeys(bank for bank in found if bank is not None)

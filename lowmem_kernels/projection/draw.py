@@ -33,14 +33,16 @@ def draw_key(seed: int, number: int) -> int:
     return (high - (high >> 31 << 32) << 32) + low
 
 
-def shared_key(seed: int, contracted: int, rank: int) -> int:
-    """Return the key of the projection that all parameters with as many contracted elements share."""
-    return draw_key(seed, contracted << 24 | rank)
-
-
 def is_shared(sides: Sides, source: str) -> bool:
     """Say whether parameters share their projection."""
     return sides.rank >= SHARED_RANK and source != "torch"
+
+
+def key_of(sides: Sides, draw: Draw, uid: int) -> tuple[int, int]:
+    """Return the key and the tag of a parameter's projection."""
+    if is_shared(sides, draw.source):
+        return draw_key(draw.seed, sides.contracted << 24 | sides.rank), SHARED
+    return draw_key(draw.seed, uid), OWN
 
 
 def projection_of(sides: Sides, draw: Draw, uid: int, device: torch.device) -> Tensor:
@@ -50,10 +52,7 @@ def projection_of(sides: Sides, draw: Draw, uid: int, device: torch.device) -> T
     epoch = int(draw.epoch)
     if draw.source == "torch":
         return torch_projection(sides, draw.seed + uid + 1, epoch, device)
-    if is_shared(sides, draw.source):
-        key, tag = shared_key(draw.seed, sides.contracted, sides.rank), SHARED
-    else:
-        key, tag = draw_key(draw.seed, uid), OWN
+    key, tag = key_of(sides, draw, uid)
     return _entries(key, tag, sides.rank, sides.contracted, epoch, draw.source, device)
 
 

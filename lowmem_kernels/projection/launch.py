@@ -22,8 +22,8 @@ from ..schedules import geometries_of, launch_schedule
 from ..table import addresses, starts_aligned, strides_of
 from ..tensors import remembered
 from ..tickets import Order, plan_order
-from .banks import own_bank, projections_of, shared_bank
-from .draw import draw_key, is_shared, torch_projection
+from .banks import Bank, projections_of
+from .draw import draw_key, key_of, torch_projection
 from .fields import COLUMNS, FIELDS
 from .kernels import _apollo_kernel
 from .rule import ApolloRule, Draw, Sides, channel_shape, moment_shape, projected_scale, sides_of
@@ -104,7 +104,13 @@ def apollo_update_(
 
 
 def project(
-    grads: Sequence[Tensor], *, rank: int, proj_type: str, conv: bool, draw: Draw, transform: GradTransform
+    grads: Sequence[Tensor],
+    *,
+    rank: int,
+    draw: Draw,
+    proj_type: str = "std",
+    conv: bool = False,
+    transform: GradTransform,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As `lowmem_kernels.projection.project`: the first read of `apollo_update_`."""
     projected: list[Tensor] = [torch.empty(0) for _ in grads]
@@ -133,8 +139,8 @@ def channel_apply_(
     *,
     lr: float | Tensor,
     weight_decay: float,
-    proj_type: str,
-    conv: bool,
+    proj_type: str = "std",
+    conv: bool = False,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -145,20 +151,26 @@ def channel_apply_(
     torch.autograd.graph.increment_version(params)
 
 
-def projection_matrix(sides: Sides, *, draw: Draw, device: torch.device) -> Tensor:
-    """Return P, unscaled, of `lowmem_kernels.projection.projection_matrix`."""
-    (uid,) = draw.uids_of(1)
+def projection_matrix(
+    shape: Sequence[int],
+    *,
+    rank: int,
+    draw: Draw,
+    proj_type: str = "std",
+    conv: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """As `lowmem_kernels.projection.projection_matrix`: drawn into memory of its own."""
+    sides, device, (uid,) = sides_of(tuple(shape), rank, proj_type, conv), torch.device(device), draw.uids_of(1)
     if not sides.projected:
         return torch.eye(sides.contracted, device=device)
     if draw.source == "torch":
-        return torch_projection(sides, draw.seed + uid + 1, int(draw.epoch), device)
-    if is_shared(sides, draw.source):
-        # not that of the updates, which may be of another epoch
-        bank = shared_bank.__wrapped__(sides.contracted, sides.rank, draw.source, draw.seed, device, 0)
+        values = torch_projection(sides, draw.seed + uid + 1, int(draw.epoch), device)
     else:
-        bank = own_bank(sides.contracted, sides.rank, draw.source, draw.seed, uid, device)
-    bank.draw(draw.epoch)
-    return bank.values.float()
+        bank = Bank(sides, draw.source, *key_of(sides, draw, uid), device)
+        bank.draw(draw.epoch)
+        values = bank.values.float()
+    return values * projected_scale(sides.rank)
 
 
 #: Arguments of the kernel where it makes no moments.

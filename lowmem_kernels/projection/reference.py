@@ -18,7 +18,6 @@ from .rule import (
     TINY_NORM,
     ApolloRule,
     Draw,
-    Sides,
     channel_shape,
     moment_shape,
     projected_scale,
@@ -68,7 +67,13 @@ def apollo_update_(
 
 @torch.no_grad()
 def project(
-    grads: Sequence[Tensor], *, rank: int, proj_type: str, conv: bool, draw: Draw, transform: GradTransform
+    grads: Sequence[Tensor],
+    *,
+    rank: int,
+    draw: Draw,
+    proj_type: str = "std",
+    conv: bool = False,
+    transform: GradTransform,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """As `lowmem_kernels.projection.project`."""
     projections, sums, rule = [], [], ApolloRule(rank, proj_type=proj_type, conv=conv)
@@ -90,8 +95,8 @@ def channel_apply_(
     *,
     lr: float | Tensor,
     weight_decay: float,
-    proj_type: str,
-    conv: bool,
+    proj_type: str = "std",
+    conv: bool = False,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -106,9 +111,19 @@ def channel_apply_(
         x.apply_(params[i], rates, lr * weight_decay, rounding.stochastic, stream_key(key, step, 0), keeps=True)
 
 
-def projection_matrix(sides: Sides, *, draw: Draw, device: torch.device) -> Tensor:
-    """As `lowmem_kernels.projection.projection_matrix`, but unscaled."""
-    return projection_of(sides, draw, draw.uids_of(1)[0], device)
+def projection_matrix(
+    shape: Sequence[int],
+    *,
+    rank: int,
+    draw: Draw,
+    proj_type: str = "std",
+    conv: bool = False,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """As `lowmem_kernels.projection.projection_matrix`."""
+    sides = sides_of(tuple(shape), rank, proj_type, conv)
+    matrix = projection_of(sides, draw, draw.uids_of(1)[0], torch.device(device))
+    return matrix * projected_scale(sides.rank) if sides.projected else matrix
 
 
 class _X:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .cases import DTYPES, PRECISIONS, SHAPES, Case, Precision, bytes_moved, cached_bytes, make_tensors
+from .cases import DTYPES, PRECISIONS, SHAPES, Case, Precision, bytes_moved, cached_bytes, make_tensors, moment_bytes
 from .compare import assert_parity, assert_rounded, assert_same_bits, ulp
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "cached_bytes",
     "compile_cases",
     "make_tensors",
+    "moment_bytes",
     "ulp",
 ]
 

@@ -173,6 +173,16 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     return read * numel, written * numel
 
 
+def moment_bytes(channels: int, contracted: int, rank: int, param_itemsize: int) -> tuple[int, int]:
+    """Return the (read, written) bytes of APOLLO's moments, float32, of one matrix beside those of "apollo".
+
+    Where nothing is projected, g is read once more for them.
+    """
+    moments = 8 * min(rank, contracted) * channels
+    again = 0 if rank < contracted else param_itemsize * channels * contracted
+    return moments + again, moments
+
+
 def cached_bytes(rule: str, numel: int, param_itemsize: int) -> int:
     """Return how many of the bytes that `bytes_moved` says are read a second time at once, which a cache can serve.
 

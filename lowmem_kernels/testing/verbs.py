@@ -15,8 +15,10 @@ from ..factored import FactoredRule, confidence_update_, factored_update_
 from ..multinorm import NormRule, sinkhorn_update_
 from ..multinorm.schedule import route_of
 from ..options import Rounding
+from ..projection import ApolloRule, Draw, apollo_update_
+from ..projection.rule import moment_shape, norm_shape, sides_of
 from ..schedules import Geometry
-from .cases import bytes_moved, cached_bytes
+from .cases import bytes_moved, cached_bytes, moment_bytes
 
 _LR = {"lr": 1e-3, "weight_decay": 0.01}
 _EPS32 = torch.finfo(torch.float32).eps
@@ -44,7 +46,7 @@ class VerbCall:
 @dataclass(frozen=True)
 class _Verb:
     formula: str  # of `bytes_moved`
-    rule: FactoredRule | NormRule | None = None
+    rule: FactoredRule | NormRule | ApolloRule | None = None
     narrow_state: bool = False
     carried: bool = False
     grad: float = 1e-3
@@ -67,6 +69,8 @@ _VERBS = {
     "sinkgd, one iteration": _Verb("sinkgd_once", NormRule(("row", "col"), scale=0.05)),
     "rows normalized": _Verb("one_sided", NormRule(("row",), scale=0.05)),
     "table": _Verb("table", NormRule(("row", "col") * 5 + ("row",), 0.18, None, 1e-3, momentum=0.9, nesterov=True)),
+    "apollo": _Verb("apollo", ApolloRule()),
+    "apollo-mini": _Verb("apollo", ApolloRule(1, "tensor", 128.0)),
     "came": _Verb("confidence"),
     "came, state as p": _Verb("confidence", narrow_state=True),
 }
@@ -99,12 +103,17 @@ def make_call(
             rule = "held"
         moved = bytes_moved(rule, numel, dtype.itemsize, state)
         read, written = read + moved[0], written + moved[1]
+        if isinstance(verb.rule, ApolloRule):
+            sides = sides_of(shape, verb.rule.rank, verb.rule.proj_type, verb.rule.conv)
+            channels = sides.matrices * sides.channels
+            moments = moment_bytes(channels, sides.contracted, verb.rule.rank, dtype.itemsize)
+            read, written = read + moments[0], written + moments[1]
         cached += cached_bytes(rule, numel, dtype.itemsize)
     return VerbCall(tensors, _caller(verb, tensors, dtype, backend), (read, written), read + written - cached)
 
 
 def _has_momentum(verb: _Verb) -> bool:
-    if verb.rule is None:
+    if verb.rule is None or isinstance(verb.rule, ApolloRule):
         return verb.formula in ("adamw", "confidence")
     return bool(verb.rule.momentum if isinstance(verb.rule, NormRule) else verb.rule.beta1)
 
@@ -126,6 +135,14 @@ def _tensors(
     params = random(0.02, dtype)
     tensors: dict[str, Sequence[Tensor | None]] = {"params": params, "grads": grads}
     tensors["steps"] = full(3.0, [()] * len(shapes))
+    if isinstance(verb.rule, ApolloRule):
+        moments = [moment_shape(shape, verb.rule) for shape in shapes]
+        return tensors | {
+            "exp_avgs": full(verb.grad, moments),
+            "exp_avg_sqs": full(verb.grad**2, moments),
+            "norms": full(1.0, [norm_shape(shape, verb.rule) for shape in shapes]),
+            "epochs": full(1.0, [()] * len(shapes)),
+        }
     if isinstance(verb.rule, NormRule):
         return tensors | ({"exp_avgs": random(verb.grad, torch.float32)} if verb.rule.momentum else {})
     if verb.formula == "scaled_update":
@@ -164,6 +181,8 @@ def _caller(verb: _Verb, tensors: dict[str, Any], dtype: torch.dtype, backend: s
     if verb.rule is None:
         return lambda: confidence_update_(**tensors, **_CAME, **options)
     rule = verb.rule
+    if isinstance(rule, ApolloRule):
+        return lambda: apollo_update_(**tensors, rule=rule, draw=Draw(), **options)
     if isinstance(rule, NormRule):
         return lambda: sinkhorn_update_(**tensors, rule=rule, **options)
     return lambda: factored_update_(**tensors, rule=rule, **options)

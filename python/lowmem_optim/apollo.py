@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, moment_shape, norm_shape, projection_matrix
+from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, projection_matrix
 from lowmem_kernels.projection.checks import check_draw, check_rule
+from lowmem_kernels.projection.rule import moment_shape, norm_shape
 
 from .base import StateDict
 from .buckets import OWN_RULE, Bucket

@@ -7,7 +7,7 @@ import parity
 from buckets import FP32, SEED
 from lowmem_kernels import GradTransform
 from lowmem_kernels.projection import Draw, channel_apply_, launch, project, projection_matrix, schedule
-from lowmem_kernels.projection.banks import shared_bank
+from lowmem_kernels.projection.banks import _shared_bank
 from lowmem_kernels.projection.rule import sides_of
 from lowmem_kernels.projection.schedule import Work, route_of
 from lowmem_kernels.schedules import Shape, geometries_of
@@ -169,7 +169,7 @@ def test_an_epoch_on_the_device():
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[3])
     assert not torch.equal(values[0], values[2])
-    bank = shared_bank(29, 4, "gaussian", SEED, torch.device("cpu"), 0)
+    bank = _shared_bank(29, 4, "gaussian", SEED, torch.device("cpu"), 0)
     bank.values.fill_(0)
     bank.draw(epoch)
     assert not bank.values.any()  # not drawn again

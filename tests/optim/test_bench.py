@@ -3,6 +3,7 @@
 import csv
 import re
 from contextlib import nullcontext
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
@@ -112,9 +113,10 @@ def test_all_run_by_default_and_none_changes_the_gradients(monkeypatch):
     work = Workload(model_shapes("tiny"), torch.float32, CPU, 2)
     done = []
     rows = bench_rows.run(work, everyone, lambda _, steps: done.append(steps))
-    compiled = [other.name for other in contenders.OTHERS if other.compiled]
-    assert [row.contender for row in rows if row.left_out] == compiled
-    assert sum(done) == bench_rows.total_steps(everyone, 2) - 2 * len(compiled)
+    # galore_torch needs bitsandbytes, which is not among what tests install
+    absent = [other.name for other in contenders.OTHERS if other.compiled or find_spec(other.package) is None]
+    assert [row.contender for row in rows if row.left_out] == absent
+    assert sum(done) == bench_rows.total_steps(everyone, 2) - 2 * len(absent)
     for before, after in zip(original(work.shapes, work.dtype, CPU), made[0], strict=True):
         assert all(map(torch.equal, before, after))
 
@@ -157,7 +159,10 @@ def test_a_failure_of_others_is_a_reason_and_one_of_ours_an_error():
     [
         (("--model", "lama-7b"), "Invalid value for '--model': model is 'lama-7b'; did you mean"),
         (("--layers", "3"), "Invalid value for '--layers': layers is 3; this model allows 1 to 2"),
-        (("--optimizer", "torch.SGD"), "'--optimizer': 'torch.SGD' is not an optimizer of this package; allowed: CAME"),
+        (
+            ("--optimizer", "torch.SGD"),
+            "'--optimizer': 'torch.SGD' is not an optimizer of this package; allowed: APOLLO",
+        ),
         (("--device", "cuda:99"), "Invalid value for '--device': 'cuda:99' is not available; this machine has cpu"),
         (("--dtype", "fp8"), "'fp8' is not one of 'fp32', 'bf16'"),
         (("--rounds", "0"), "Invalid value for '--rounds': "),

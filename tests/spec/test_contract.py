@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from lowmem_kernels import elementwise, factored, multinorm, whitening
+from lowmem_kernels import elementwise, factored, multinorm, projection, whitening
 
-FAMILIES = [elementwise, factored, multinorm, whitening]
+FAMILIES = [elementwise, factored, multinorm, projection, whitening]
 VERBS = [(family, name) for family in FAMILIES for name in family.__all__ if name.islower()]
 
 
@@ -23,6 +23,7 @@ def test_verbs_are_found():
         *("adamw_", "grad_stats", "scaled_update_"),
         *("confidence_update_", "factored_update_"),
         *("rank1_apply_", "sinkhorn_scales", "sinkhorn_update_"),
+        *("apollo_update_", "channel_apply_", "project", "projection_matrix"),
         *("whiten_", "whitened"),
     ]
     assert all(inspect.isfunction(getattr(family, name)) for family, name in VERBS)

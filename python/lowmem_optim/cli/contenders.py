@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lowmem_kernels.testing import bytes_moved, cached_bytes
+from lowmem_kernels.testing import bytes_moved, cached_bytes, moment_bytes
 from lowmem_kernels.testing.models import Shapes
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.cli import registry
-from lowmem_optim.cli.eager import EagerOptimizer, sinkhorn, whitened
+from lowmem_optim.cli.eager import EagerApollo, EagerOptimizer, sinkhorn, whitened
 from lowmem_optim.cli.timing import Step
 
 COPY = "copy"
@@ -28,13 +28,15 @@ MOST_TENSORS_TO_COMPILE = 32
 class Moved:
     """The bytes of a step: the rules of `bytes_moved` for matrices and vectors, and the itemsize of the states.
 
-    `state` None means that of the parameters. Without `stacks`, more than two dimensions count as a vector.
+    `state` None means that of the parameters. Without `stacks`, more than two dimensions count as a vector. `rank` is
+    that of projected moments, 0 where there are none.
     """
 
     matrices: str
     vectors: str
     state: int | None = 0
     stacks: bool = True
+    rank: int = 0
 
     def least(self, shapes: Shapes, itemsize: int) -> int:
         """Bytes that have to pass the memory in a step, with caches that serve all that is read twice at once."""
@@ -45,6 +47,8 @@ class Moved:
             rule = self.matrices if is_matrix else self.vectors
             requested = sum(bytes_moved(rule, prod(shape), itemsize, state))
             total += requested - cached_bytes(rule, prod(shape), itemsize)
+            if self.rank and is_matrix:
+                total += sum(moment_bytes(max(shape[-2:]), min(shape[-2:]), self.rank, itemsize))
         return total
 
 
@@ -104,9 +108,12 @@ MOVED = {
     "CAME": Moved("confidence", "confidence_vector", state=4),
     "SinkGD": Moved("sinkgd", "adamw", state=4, stacks=False),
     "MNGD": Moved("sinkgd", "adamw", state=4, stacks=False),
+    "APOLLO": Moved("apollo", "adamw", state=4, stacks=False, rank=256),
+    "APOLLOMini": Moved("apollo", "adamw", state=4, stacks=False, rank=1),
 }
 # SinkGD, unless told otherwise
 SAME_AS_ANOTHER = {"mngd"}
+PROJECTED = ("APOLLO", "APOLLOMini")
 FACTORED = ("Adafactor", "TorchAdafactor", "AdaLomo")
 
 
@@ -155,6 +162,19 @@ def _came(params: list[nn.Parameter]) -> Optimizer:
     return came_pytorch.CAME(params, lr=2e-4)
 
 
+def _galore(params: list[nn.Parameter]) -> Optimizer:
+    import galore_torch
+
+    projected: dict[str, Any] = {"rank": 256, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in params if p.ndim == 2], **projected},
+        {"params": [p for p in params if p.ndim != 2]},
+    ]
+    return galore_torch.GaLoreAdamW(
+        [group for group in groups if group["params"]], lr=1e-2, no_deprecation_warning=True
+    )
+
+
 def _eager(normalize: Callable[[Tensor], Tensor]) -> Callable[[list[nn.Parameter]], Optimizer]:
     return lambda params: EagerOptimizer(params, normalize)
 
@@ -167,7 +187,7 @@ OTHERS = [
     Contender(
         "torch.AdamW(fused)",
         lambda params: torch.optim.AdamW(params, fused=True),
-        ("AdamW",),
+        ("AdamW", *PROJECTED),
         moved=Moved("adamw", "adamw", state=None),
     ),
     Contender(
@@ -189,6 +209,9 @@ OTHERS = [
     Contender("SinkGD in torch", _eager(sinkhorn), ("SinkGD", "MNGD")),
     Contender("SinkGD in torch(compiled)", _compiled_sinkhorn, ("SinkGD", "MNGD"), compiled=True),
     Contender("SWAN in torch", _eager(whitened), ("SWAN",)),
+    Contender("APOLLO in torch", EagerApollo, ("APOLLO",)),
+    Contender("APOLLO-Mini in torch", lambda params: EagerApollo(params, 1, "tensor", 128.0), ("APOLLOMini",)),
+    Contender("galore_torch.GaLoreAdamW", _galore, ("APOLLO",), package="galore_torch"),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Multi-normalizing rules as one would write them from their papers: what `lowmem bench` compares ours with.
+"""Rules for matrices as one would write them from their papers: what `lowmem bench` compares ours with.
 
 Matrices only, one after the other, in the gradient's dtype where ports keep it there; others get torch's AdamW.
 """
@@ -66,3 +66,61 @@ def whitened(grad: Tensor, iterations: int = 10, beta: float = 0.8) -> Tensor:
         z = beta * t @ z
     d = z @ x
     return (d * (sqrt(d.numel()) / d.norm())).to(grad.dtype)
+
+
+class EagerApollo(Optimizer):
+    """APOLLO for matrices (arXiv 2412.05270, algorithm 1), with a projection that is kept; AdamW for all else."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        rank: int = 256,
+        scale_type: str = "channel",
+        scale: float = 1.0,
+        update_proj_gap: int = 200,
+        lr: float = 0.01,
+    ) -> None:
+        defaults = {
+            "rank": rank,
+            "scale_type": scale_type,
+            "scale": scale,
+            "update_proj_gap": update_proj_gap,
+            "lr": lr,
+        }
+        super().__init__(params, defaults)
+        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
+        self.others = torch.optim.AdamW(others, lr=lr, fused=True) if others else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters once."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim == 2 and param.grad is not None:
+                    self._update(param, param.grad, self.state[param], group)
+        if self.others is not None:
+            self.others.step()
+
+    @staticmethod
+    def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        right = grad.shape[0] >= grad.shape[1]
+        step = state.get("step", 0)
+        if step % group["update_proj_gap"] == 0:
+            contracted = min(grad.shape)
+            rank = min(group["rank"], contracted)
+            state["projection"] = torch.randn(rank, contracted, dtype=grad.dtype, device=grad.device) / sqrt(rank)
+        r = grad @ state["projection"].T if right else state["projection"] @ grad
+        if step == 0:
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(r), torch.zeros_like(r)
+        state["step"] = step = step + 1
+        m, v = state["exp_avg"].lerp_(r, 0.1), state["exp_avg_sq"].lerp_(r.square(), 0.001)
+        normalized = m / (v.sqrt() + 1e-6)
+        dims = (0, 1) if group["scale_type"] == "tensor" else (1 if right else 0)
+        x = grad * (normalized.norm(dim=dims, keepdim=True) / (r.norm(dim=dims, keepdim=True) + SMALLEST))
+        norm = x.norm()
+        if "norm" in state:
+            limiter = (norm / (state["norm"] + SMALLEST)).clamp(min=1.01) / 1.01
+            x, norm = x / limiter, norm / limiter
+        state["norm"] = norm
+        rate = group["lr"] * sqrt(group["scale"]) * sqrt(1 - 0.999**step) / (1 - 0.9**step)
+        param.sub_(x, alpha=rate)
