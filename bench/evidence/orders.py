@@ -19,14 +19,15 @@ from sizes import DEVICES, TINY, shapes_of
 from lowmem_kernels.device import device_facts
 from lowmem_kernels.factored import launch as factored
 from lowmem_kernels.multinorm import launch as multinorm
+from lowmem_kernels.projection import launch as projection
 from lowmem_kernels.testing.models import Shapes, parameter_count
 from lowmem_kernels.tickets import Order, plan_order
 from lowmem_optim.cli.contenders import make_tensors, ours, parameters
 from lowmem_optim.cli.timing import Step, Stopwatch, count_launches, interleaved
 
-OPTIMIZERS = ["AdaLomo", "TorchAdafactor", "CAME", "SinkGD"]
+OPTIMIZERS = ["AdaLomo", "TorchAdafactor", "CAME", "SinkGD", "APOLLOMini"]
 #: Each looks the plan up by name in every call.
-LAUNCHERS = (factored, multinorm)
+LAUNCHERS = (factored, multinorm, projection)
 #: Models, and how many of their layers: all of GPT-2, of Llama 7B those that have 25 times the cache.
 MODELS: dict[str, int | None] = {"gpt2": None, "llama-7b": 6}
 PLANNED = "planned"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -52,8 +52,8 @@ class Bank:
         else:
             self._epoch = None
             self._drawn.copy_(epoch)
-            if is_capturing(self.values.device):
-                _captured.append(self)
+        if is_capturing(self.values.device):
+            _captured.append(self)
 
 
 @lru_cache(maxsize=64)
@@ -79,14 +79,17 @@ def projections_of(tensors: Sequence[Tensor], sides: Sequence[Sides], draw: Draw
 
     def make() -> tuple[Tensors, list[Bank]]:
         shared = [side.projected and is_shared(side, draw.source) for side in sides]
+        # a graph has its own, which no other launch draws anew
+        bank_of = cache(_shared_bank.__wrapped__) if capturing else _shared_bank
         found = [
-            _shared_bank(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device)) if has else None
+            bank_of(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device)) if has else None
             for side, has in zip(sides, shared, strict=True)
         ]
         banks = dict.fromkeys(bank for bank in found if bank is not None)
         return Tensors([None if bank is None else bank.values for bank in found]), [*banks]
 
-    what = ("banks", tuple(sides), draw.source, draw.seed, stream_id(device))
+    capturing = is_capturing(device)
+    what = ("banks", tuple(sides), draw.source, draw.seed, stream_id(device), capturing)
     values, banks = remembered([tensors], what, make)
     for bank in banks:
         bank.draw(draw.epoch)
