@@ -1,23 +1,19 @@
 """Bits that depend on nothing else, memory outside the tensors, launches, waits and races between programs, bytes."""
 
-from dataclasses import replace
-
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
 from buckets import FP32, counters_at_zero, fenced
-from lowmem_kernels import schedules, table
+from lowmem_kernels import schedules
 from lowmem_kernels.multinorm import NormRule, kernels, launch
 from lowmem_kernels.multinorm.fields import SLAB
 from lowmem_kernels.multinorm.schedule import MAX_GROUPS
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits, bytes_moved
 from lowmem_kernels.testing.bytecount import count_bytes
-from lowmem_kernels.tickets import Order
 from multinorm_buckets import NAMES, RULES, assert_same_buckets, make_bucket
-from races import UnsatisfiedWait, no_races, unsatisfied_waits_raise
-from ticket_orders import late, random_order, reordered, words_of
+from races import no_races
+from ticket_contract import Family
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.float32)
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
@@ -31,17 +27,6 @@ VARIED = [
 EVERY_KIND = ["column_first", "table", "row_then_all", "row"]
 #: One route, so one launch, for a rule that begins with rows; a bundle each, so that slots of the scratch are reused.
 CASES = [Case("matrix", (34, 264)), Case("small", (18, 264)), Case("stack", (2, 3, 264)), Case("last", (2, 2, 264))]
-EACH_ALONE = Order(bundle_bytes=0, ahead=2, reverse=True, phased=False)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_caches():
-    """What a test leaves in the counters after a wait was not satisfied, and its schedules, must not outlive it."""
-    for cache in (launch._schedules_of, table._counters):
-        cache.cache_clear()
-    yield
-    for cache in (launch._schedules_of, table._counters):
-        cache.cache_clear()
 
 
 def run(name, precision=BF16_SR, cases=VARIED, **options):
@@ -110,66 +95,30 @@ def test_autograd_knows_that_parameters_changed():
     assert all(param._version > old for param, old in zip(bucket.params, versions, strict=True))
 
 
-def ordered(name, monkeypatch, order=EACH_ALONE, change=lambda schedule: schedule):
-    """A bucket after one step with schedules changed."""
-    with monkeypatch.context() as patch:
-        patch.setattr(launch, "plan_order", lambda facts: order)
-        made = launch._schedules
-        patch.setattr(launch, "_schedules", lambda *args: [change(found) for found in made(*args)])
-        return run(name, cases=CASES)
+FAMILY = Family(launch, (kernels,), "_multinorm_kernel", lambda name: run(name, cases=CASES), assert_same_buckets)
 
 
-def every_violation(name, monkeypatch):
-    """For each wait of a rule, a function that runs it where it is not satisfied."""
-    found = []
-    ordered(name, monkeypatch, change=lambda schedule: found.append(schedule) or schedule)
-    (schedule,) = found
-    for s in range(len(words_of(schedule)[1])):
-        for order in late(schedule, s):
-            yield lambda order=order: ordered(name, monkeypatch, change=lambda found: reordered(found, order))
+@pytest.fixture(autouse=True)
+def _fresh_caches():
+    yield from FAMILY.fresh_caches()
 
 
 @pytest.mark.parametrize("name", ["once", "table"])
 def test_bits_do_not_depend_on_the_order(name, monkeypatch):
-    """Bundles, launches by phase, and random orders that keep to the waits."""
-    usual = ordered(name, monkeypatch)
-    for order in (
-        Order(bundle_bytes=1 << 30, ahead=0, reverse=False, phased=False),
-        Order(bundle_bytes=30000, ahead=100, reverse=True, phased=False),
-        Order(bundle_bytes=30000, ahead=0, reverse=True, phased=True),
-    ):
-        assert_same_buckets(ordered(name, monkeypatch, order), usual)
-    with unsatisfied_waits_raise():
-        shuffled = ordered(name, monkeypatch, change=lambda found: reordered(found, random_order(found, 0)))
-    assert_same_buckets(shuffled, usual)
+    FAMILY.check_orders(name, monkeypatch)
 
 
 def test_every_wait_is_needed_and_there(monkeypatch):
     """Between any two of three phases of four parameters, and of two that wait for a slot of the scratch."""
-    violations = list(every_violation("once", monkeypatch))
-    assert len(violations) == 4 * 2 + 2
-    for violated in violations:
-        table._counters.cache_clear()
-        with unsatisfied_waits_raise(), pytest.raises((UnsatisfiedWait, InterpreterError), match="program"):
-            violated()
+    FAMILY.check_waits("once", monkeypatch, 4 * 2 + 2)
 
 
 def test_a_wait_that_is_deleted_is_found(monkeypatch):
-    """The tests above can fail: without waits, an order that violates one gives wrong numbers and says nothing."""
-    usual = ordered("once", monkeypatch)
-    violations = list(every_violation("once", monkeypatch))
-    monkeypatch.setattr(kernels, "wait_for_earlier", lambda counters_ptr, segment_ptr: None)
-    wrong = 0
-    with unsatisfied_waits_raise():
-        for violated in violations:
-            table._counters.cache_clear()
-            try:
-                assert_same_buckets(violated(), usual)
-            except AssertionError:
-                wrong += 1
-    assert wrong >= len(violations) // 2
-    with pytest.raises((AssertionError, InterpreterError), match="races with"), no_races():
-        ordered("once", monkeypatch)
+    FAMILY.check_deleted_waits("once", monkeypatch)
+
+
+def test_phases_are_launches_of_the_same_kernel(monkeypatch):
+    FAMILY.check_launches("once", monkeypatch, 3 * len(CASES))
 
 
 def requested(monkeypatch, shape, rule, precision=BF16):
@@ -226,13 +175,3 @@ def test_bytes_of_sums_and_scales(monkeypatch):
     # in each read from the second one on
     read = 4 * (sums + 5 * groups * m)
     assert read <= traffic.read["scratch"] <= read + few + 4 * 6 * n
-
-
-def test_phases_are_launches_of_the_same_kernel(monkeypatch):
-    """One launch, or one for each phase of each bundle."""
-    launches = []
-    monkeypatch.setattr(InterpretedFunction, "run", lambda self, *_, **__: launches.append(self.__name__))
-    for order, count in ((EACH_ALONE, 1), (replace(EACH_ALONE, phased=True, ahead=0), 3 * len(CASES))):
-        launches.clear()
-        ordered("once", monkeypatch, order)
-        assert launches == ["_multinorm_kernel"] * count

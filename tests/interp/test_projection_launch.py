@@ -2,18 +2,16 @@
 
 import pytest
 import torch
-from triton.runtime.errors import InterpreterError
 from triton.runtime.interpreter import InterpretedFunction
 
 from buckets import FP32, counters_at_zero, fenced
-from lowmem_kernels import schedules, table
+from lowmem_kernels import schedules
 from lowmem_kernels.projection import ApolloRule, kernels, launch
 from lowmem_kernels.testing import SHAPES, Case, Precision, assert_same_bits, bytes_moved
 from lowmem_kernels.testing.bytecount import count_bytes
-from lowmem_kernels.tickets import Order
 from projection_buckets import NAMES, RULES, assert_same_buckets, make_bucket
-from races import UnsatisfiedWait, no_races, unsatisfied_waits_raise
-from ticket_orders import late, random_order, reordered, words_of
+from races import no_races
+from ticket_contract import Family
 
 BF16 = Precision(torch.bfloat16, torch.bfloat16, torch.float32)
 BF16_SR = Precision(torch.bfloat16, torch.bfloat16, torch.bfloat16, stochastic=True)
@@ -26,17 +24,6 @@ VARIED = [
 MODES = ["mini", "rank_4", "full"]
 #: One route, so one launch; a bundle each, so that slots of the scratch are reused.
 CASES = [Case("matrix", (24, 200)), Case("small", (16, 80)), Case("stack", (2, 8, 136)), Case("last", (2, 24, 72))]
-EACH_ALONE = Order(bundle_bytes=0, ahead=2, reverse=True, phased=False)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_caches():
-    """What a test leaves in the counters after a wait was not satisfied, and its schedules, must not outlive it."""
-    for cache in (launch._schedules_of, table._counters):
-        cache.cache_clear()
-    yield
-    for cache in (launch._schedules_of, table._counters):
-        cache.cache_clear()
 
 
 def run(name, precision=BF16_SR, cases=VARIED, **options):
@@ -111,65 +98,30 @@ def test_autograd_knows_that_parameters_changed():
     assert all(param._version > old for param, old in zip(bucket.params, versions, strict=True))
 
 
-def ordered(name, monkeypatch, order=EACH_ALONE, change=lambda schedule: schedule):
-    """A bucket after one step with schedules changed."""
-    with monkeypatch.context() as patch:
-        patch.setattr(launch, "plan_order", lambda facts: order)
-        made = launch._schedules
-        patch.setattr(launch, "_schedules", lambda *args: [change(found) for found in made(*args)])
-        return run(name, cases=CASES)
+FAMILY = Family(launch, (kernels,), "_apollo_kernel", lambda name: run(name, cases=CASES), assert_same_buckets)
 
 
-def every_violation(name, monkeypatch):
-    """For each wait of a rule, a function that runs it where it is not satisfied."""
-    found = []
-    ordered(name, monkeypatch, change=lambda schedule: found.append(schedule) or schedule)
-    (schedule,) = found
-    for s in range(len(words_of(schedule)[1])):
-        for order in late(schedule, s):
-            yield lambda order=order: ordered(name, monkeypatch, change=lambda found: reordered(found, order))
+@pytest.fixture(autouse=True)
+def _fresh_caches():
+    yield from FAMILY.fresh_caches()
 
 
 @pytest.mark.parametrize("name", ["mini", "rank_4"])
 def test_bits_do_not_depend_on_the_order(name, monkeypatch):
-    """Bundles, launches by phase, and random orders that keep to the waits."""
-    usual = ordered(name, monkeypatch)
-    for order in (
-        Order(bundle_bytes=1 << 30, ahead=0, reverse=False, phased=False),
-        Order(bundle_bytes=10000, ahead=0, reverse=True, phased=True),
-    ):
-        assert_same_buckets(ordered(name, monkeypatch, order), usual)
-    with unsatisfied_waits_raise():
-        shuffled = ordered(name, monkeypatch, change=lambda found: reordered(found, random_order(found, 0)))
-    assert_same_buckets(shuffled, usual)
+    FAMILY.check_orders(name, monkeypatch)
 
 
 def test_every_wait_is_needed_and_there(monkeypatch):
     """Between any two of three phases of four parameters, and of two that wait for a slot of the scratch."""
-    violations = list(every_violation("mini", monkeypatch))
-    assert len(violations) == 4 * 2 + 2
-    for violated in violations:
-        table._counters.cache_clear()
-        with unsatisfied_waits_raise(), pytest.raises((UnsatisfiedWait, InterpreterError), match="program"):
-            violated()
+    FAMILY.check_waits("mini", monkeypatch, 4 * 2 + 2)
 
 
 def test_a_wait_that_is_deleted_is_found(monkeypatch):
-    """The tests above can fail: without waits, an order that violates one gives wrong numbers and says nothing."""
-    usual = ordered("mini", monkeypatch)
-    violations = list(every_violation("mini", monkeypatch))
-    monkeypatch.setattr(kernels, "wait_for_earlier", lambda counters_ptr, segment_ptr: None)
-    wrong = 0
-    with unsatisfied_waits_raise():
-        for violated in violations:
-            table._counters.cache_clear()
-            try:
-                assert_same_buckets(violated(), usual)
-            except AssertionError:
-                wrong += 1
-    assert wrong >= len(violations) // 2
-    with pytest.raises((AssertionError, InterpreterError), match="races with"), no_races():
-        ordered("mini", monkeypatch)
+    FAMILY.check_deleted_waits("mini", monkeypatch)
+
+
+def test_phases_are_launches_of_the_same_kernel(monkeypatch):
+    FAMILY.check_launches("mini", monkeypatch, 3 * len(CASES))
 
 
 @pytest.mark.parametrize(("rank", "shape"), [(1, (40, 264)), (1, (300, 64)), (16, (136, 64)), (16, (64, 136))])
