@@ -23,7 +23,10 @@ from .rule import MomentumRule
 from .schedule import LEAST_RANK, Kind, Schedule, moments_of, schedules_of, tiling_of
 
 #: Rows (columns) of a factor that a small problem takes at a time, and sums of squares of a side at a time.
-PROBLEM_BLOCK, MOMENT_BLOCK = 128, 256
+PROBLEM_BLOCK, MOMENT_BLOCK = 32, 256
+
+#: Warps of a program that has a small problem: more would hold the same numbers several times.
+PROBLEM_WARPS = 4
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,7 @@ def plan_momentum(kind: Kind, warp_size: int) -> MomentumPlan:
     """Return the plan of the passes over gradients of a kind.
 
     Three TF32 products stand for one of fp32 ("tf32x3"): the residual is a difference that is multiplied by
-    1 / (1 - b1). AMD's compiler takes "ieee" only. With factors a thread of 8 warps has 16 elements of each of four
-    tiles; without, one of 4 warps as many of each operand.
+    1 / (1 - b1). AMD's compiler takes "ieee" only.
     """
     rows, cols, span = tiling_of(kind)
     warps = 8 if kind.rank else 4
@@ -80,8 +82,7 @@ def partial_momentum_update_(
         # taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         "one_minus_beta1": 1 - beta1, "one_minus_beta2": 1 - beta2,
         "log_beta1": _log(beta1), "log_beta2": _log(beta2), "beta1": float(beta1),
-        "carry": rule.residual_scale * beta1 / (1 - beta1), "over": rule.residual_scale / (1 - beta1),
-        "gamma": float(rule.residual_scale), "damping": rule.damping, "pull": rule.damping * (1 - beta1),
+        "carry": rule.residual_scale * beta1 / (1 - beta1), "gamma": float(rule.residual_scale), "damping": rule.damping, "pull": rule.damping * (1 - beta1),
         "every": rule.every, "clip_element": rule.clip_of("elem"), "clip_rms": rule.clip_of("rms"),
     }  # fmt: skip
     columns = [params, grads, steps, exp_avgs, lefts, rights, exp_avg_sqs, row_sqs, col_sqs]
@@ -125,7 +126,7 @@ def _run(schedule: Schedule, form: Form, rule: MomentumRule, given: dict[str, An
         "num_warps": plan.num_warps, "num_stages": plan.num_stages,
     }  # fmt: skip
     tile = {"BLOCK_M": plan.block_m, "BLOCK_N": plan.block_n}
-    problem = {"BLOCK_M": PROBLEM_BLOCK, "BLOCK_N": PROBLEM_BLOCK}
+    problem = {"BLOCK_M": PROBLEM_BLOCK, "BLOCK_N": PROBLEM_BLOCK, "num_warps": PROBLEM_WARPS}
     with launching_on(device):
         if lowrank or (summed and form.second != "cols"):
             _start(kernels._row_pass_kernel, schedule.row_blocks, given, **tile)
@@ -188,4 +189,5 @@ def _vectors(size: int) -> int:
 
 
 def _log(beta: float) -> float:
-    return math.log(beta) if beta > 0 else -math.inf
+    # finite, so that 0 to the power of 0 is 1
+    return math.log(beta) if beta > 0 else -1e4

@@ -17,7 +17,7 @@ from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .checks import Form, form_of, matrix_shape
 from .rule import MomentumRule
-from .solver import triangular
+from .solver import TINY, triangular
 
 
 class _Hyper(NamedTuple):
@@ -189,7 +189,9 @@ class _Parameter:
             self._solve(sketches)
 
     def _solve(self, sketches: Tensor) -> None:
-        beta, damping = self.hyper.betas[0], self.hyper.rule.damping
+        beta = self.hyper.betas[0]
+        # the first one goes all the way, or R at the start would be part of the momentum
+        damping = 1.0 if self.step == 1 else self.hyper.rule.damping
         if (self.step - 1) % self.hyper.rule.every:
             for old, left in zip(zip(self.lefts, self.rights, strict=True), sketches, strict=True):
                 self.factors.append(_Factors(old, (left, old[1])))
@@ -263,14 +265,18 @@ class _Parameter:
                     new_v = new_v * self.rows[span, None]
                 if self.cols is not None:
                     new_v = new_v * self.cols[matrix]
-            yield span.start * self.n, (p, keep), update / new_v.sqrt().mul_(root2).add_(hyper.eps)
+            update = update / new_v.sqrt().mul_(root2).add_(hyper.eps)
+            # where there has been no gradient yet, nothing is to be made up for
+            yield span.start * self.n, (p, keep), torch.where(new_v < TINY, 0.0, update)
 
     def _debiased(self, factors: _Factors, rows: slice, g: Tensor, correction: float) -> Tensor:
         """gamma g + [gamma b / (1 - b) L', c L] [R'; R], L' and R' those before: one product of depth 2 r."""
         beta, gamma = self.hyper.betas[0], self.hyper.rule.residual_scale
         (old_left, old_right), (left, right) = factors
-        weights = gamma * beta / (1 - beta), 1 / correction - gamma / (1 - beta)
-        both = torch.cat([weights[0] * old_left[rows], weights[1] * left[rows]], 1)
+        carry = gamma * beta / (1 - beta)
+        # 1 / (1 - b^t) - gamma / (1 - b), and 0 without a rounding error in the first step
+        weight = ((1 - gamma) - carry * (1 - beta ** (self.step - 1))) / correction
+        both = torch.cat([carry * old_left[rows], weight * left[rows]], 1)
         return torch.addmm(g, both, torch.cat([old_right, right]), beta=gamma)
 
 

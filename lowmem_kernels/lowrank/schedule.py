@@ -124,12 +124,12 @@ class Place(NamedTuple):
 def tiling_of(kind: Kind) -> Tiling:
     """Return how matrices of a kind are cut.
 
-    With factors a tile is 64 x 64: a product of depth r reads 2 r / 64 numbers for each element. Without, 8 rows of
+    With factors a tile is 64 x 32, of which 8 warps of sm_90 need 126 registers for rank 16; 64 x 64 take 224. Without, 8 rows of
     256: each thread of 4 warps has 16 elements, of which 8 beside each other are one 16-byte access of bfloat16. Where
     elements are accessed one by one an address goes with each, so there are 2 rows. Computed, not measured.
     """
     if kind.rank:
-        return Tiling(64, 64, 1024)
+        return Tiling(64, 32, 1024)
     return Tiling(8 if kind.layout.aligned else 2, 256, 1024)
 
 

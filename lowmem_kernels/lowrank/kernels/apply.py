@@ -51,6 +51,7 @@ from .matrices import (
     inside,
     left_tile,
     matrix_at,
+    offset_of,
     right_tile,
     sides,
     state_pointers,
@@ -150,7 +151,7 @@ def _update_rows(
 
     Without WRITE nothing is written, and only the second is of use.
     """
-    rate, decay, eps, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, carry, gamma, over, clip_element = hyper
+    rate, decay, eps, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, carry, gamma, clip_element = hyper
     shape = sides(at, ALIGNED)
     m, n = shape
     correction = 1.0 / one_minus_power(log_beta1, step)
@@ -170,14 +171,16 @@ def _update_rows(
     if MOMENTUM == "lowrank":
         old_left_ptr, old_right_ptr = scratch
         rank = field32(at, RANKS)
-        old_ptrs, left_mask = left_tile(old_left_ptr + field(at, LEFT_SCRATCH), rows, m, rank, RANK)
+        old_left_ptrs, left_mask = left_tile(old_left_ptr + field(at, LEFT_SCRATCH), rows, m, rank, RANK)
         left_ptrs, _ = left_tile(
             address_of(at, LEFT_STATE, tl.float32, False) + field(at, LEFT), rows, m, rank, RANK
         )
-        old_left = carry * tl.load(old_ptrs, mask=left_mask, other=0.0)
-        left = (correction - over) * tl.load(left_ptrs, mask=left_mask, other=0.0)
-        old_right_ptr += field(at, RIGHT_SCRATCH)
-        right_ptr = address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + field(at, RIGHT)
+        old_left = carry * tl.load(old_left_ptrs, mask=left_mask, other=0.0)
+        # 1 / (1 - b^t) - gamma / (1 - b), and 0 without a rounding error in the first step
+        weight = correction * ((1.0 - gamma) - carry * one_minus_power(log_beta1, step - 1.0))
+        left = weight * tl.load(left_ptrs, mask=left_mask, other=0.0)
+        old_right_ptr += offset_of(at, RIGHT_SCRATCH, ALIGNED)
+        right_ptr = address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + offset_of(at, RIGHT, ALIGNED)
 
     for col in range(first_col, end_col, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
@@ -191,9 +194,9 @@ def _update_rows(
             new_m = lerp(old_m, g, one_minus_beta1)
             update = new_m * correction
         elif MOMENTUM == "lowrank":
-            old_ptrs, right_mask = right_tile(old_right_ptr, cols, n, rank, RANK)
-            right_ptrs, _ = right_tile(right_ptr, cols, n, rank, RANK)
-            old_right = tl.load(old_ptrs, mask=right_mask, other=0.0)
+            old_right_ptrs, right_mask = right_tile(old_right_ptr, cols, n, rank, RANK)
+            right_ptrs, right_mask = right_tile(right_ptr, cols, n, rank, RANK)
+            old_right = tl.load(old_right_ptrs, mask=right_mask, other=0.0)
             right = tl.load(right_ptrs, mask=right_mask, other=0.0)
             product = tl.dot(old_left, old_right, input_precision=PRECISION)
             product = tl.dot(left, right, product, input_precision=PRECISION)
@@ -217,7 +220,8 @@ def _update_rows(
                 root = tl.sqrt(col_v)[None, :]
             else:
                 root = tl.sqrt(row_v[:, None] * col_v[None, :])
-        update = update / (root * root_correction + eps)
+        # where there has been no gradient yet, nothing is to be made up for
+        update = tl.where(root == 0.0, 0.0, update / (root * root_correction + eps))
         if WRITE:
             if clip_element is not None:
                 update = tl.minimum(update, clip_element, propagate_nan=tl.PropagateNan.ALL)
@@ -249,7 +253,7 @@ def _update_rows(
 def _momentum_update_kernel(
     table_ptr, addresses_ptr, left_ptr, right_ptr, mean_ptr, partial_ptr, clip_ptr, counter_ptr, bad_ptr, skipped_ptr,
     found_inf, matrices, lr, weight_decay, eps, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2,
-    carry, gamma, over, clip_element, clip_rms, scale, inv_scale, clip_value, clip_coef,
+    carry, gamma, clip_element, clip_rms, scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, MOMENTUM: tl.constexpr, SECOND: tl.constexpr, RESIDENT: tl.constexpr,
     KEEP: tl.constexpr, WRITE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr, SPAN: tl.constexpr,
@@ -291,7 +295,7 @@ def _momentum_update_kernel(
         rate = scalar_or(lr, 0.0)
         hyper = (
             rate, rate * weight_decay, eps, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2,
-            carry, gamma, over, clip_element,
+            carry, gamma, clip_element,
         )  # fmt: skip
         gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
         rows = block * BLOCK_M + tl.arange(0, BLOCK_M)

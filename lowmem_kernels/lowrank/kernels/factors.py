@@ -33,6 +33,7 @@ from .matrices import (
     gradient_tile,
     left_tile,
     matrix_at,
+    offset_of,
     right_tile,
     sides,
     small,
@@ -46,6 +47,12 @@ _FROM_PRODUCT, _FROM_RIGHT, _TO_LEFT, _TO_RIGHT = [tl.constexpr(i) for i in rang
 def _is_power_step(at, every):
     """Whether R moves in this step."""
     return tl.load(address_of(at, STEP, tl.float32, False)).to(tl.int32) % every == 0
+
+
+@triton.jit
+def _damping_of(at, damping):
+    """How far this step goes. The first one goes all the way, or R at the start would be part of the momentum."""
+    return tl.where(tl.load(address_of(at, STEP, tl.float32, False)) == 0.0, 1.0, damping)
 
 
 @triton.jit(do_not_specialize=["matrices"])
@@ -70,7 +77,7 @@ def _row_pass_kernel(
     squares = tl.zeros((BLOCK_M,), tl.float32)
     if LOWRANK:
         rank = field32(at, RANKS)
-        right_ptr = address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + field(at, RIGHT)
+        right_ptr = address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + offset_of(at, RIGHT, ALIGNED)
         product = tl.zeros((BLOCK_M, RANK), tl.float32)
     for col in range(0, n, BLOCK_N):
         cols = col + tl.arange(0, BLOCK_N)
@@ -93,8 +100,8 @@ def _row_pass_kernel(
 
 @triton.jit(do_not_specialize=["matrices", "every"])
 def _col_pass_kernel(
-    table_ptr, addresses_ptr, left_ptr, right_ptr, small_ptr, col_sums_ptr, bad_ptr, found_inf, matrices, every, pull,
-    scale, inv_scale, clip_value, clip_coef,
+    table_ptr, addresses_ptr, left_ptr, right_ptr, small_ptr, col_sums_ptr, bad_ptr, found_inf, matrices, every,
+    one_minus_beta1, damping, scale, inv_scale, clip_value, clip_coef,
     GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
     LOWRANK: tl.constexpr, SUMS: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
@@ -138,19 +145,20 @@ def _col_pass_kernel(
                 tl.store(bad_ptr + field(at, OWNER), 1)
     if LOWRANK:
         old_ptrs, mask = right_tile(
-            address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + field(at, RIGHT), cols, n, rank, RANK
+            address_of(at, RIGHT_STATE, tl.float32, ALIGNED) + offset_of(at, RIGHT, ALIGNED), cols, n, rank, RANK
         )
-        new_ptrs, _ = right_tile(right_ptr + field(at, RIGHT_SCRATCH), cols, n, rank, RANK)
+        new_ptrs, _ = right_tile(right_ptr + offset_of(at, RIGHT_SCRATCH, ALIGNED), cols, n, rank, RANK)
         old = tl.load(old_ptrs, mask=mask, other=0.0)
         from_product = tl.load(small(small_ptr, matrix, _FROM_PRODUCT, RANK))
+        pull = _damping_of(at, damping) * one_minus_beta1
         core = tl.dot(from_product, pull * product, input_precision=PRECISION)
         core = tl.dot(tl.load(small(small_ptr, matrix, _FROM_RIGHT, RANK)), old, core, input_precision=PRECISION)
         tl.store(new_ptrs, core, mask=mask)
 
 
 @triton.jit
-def _triangular(gram, RANK: tl.constexpr):
-    """(C, inverse of C), as solver.triangular."""
+def _triangular(gram, rank, RANK: tl.constexpr):
+    """(C, inverse of C), as solver.triangular. A loop of unknown length, since one of known length is unrolled."""
     lane = tl.arange(0, RANK)
     i = lane[:, None]
     j = lane[None, :]
@@ -158,7 +166,7 @@ def _triangular(gram, RANK: tl.constexpr):
     rest = gram
     lower = tl.zeros((RANK, RANK), tl.float32)
     inverse = tl.zeros((RANK, RANK), tl.float32)
-    for k in range(RANK):
+    for k in range(0, rank):
         column = tl.sum(tl.where(j == k, rest, 0.0), 1)
         pivot = tl.sum(tl.where(lane == k, column, 0.0))
         share = tl.sum(tl.where(lane == k, size, 0.0)) * _DEPENDENT_SHARE
@@ -173,6 +181,15 @@ def _triangular(gram, RANK: tl.constexpr):
         solved = tl.where(live, (tl.where(lane == k, 1.0, 0.0) - known) / root, 0.0)
         inverse = tl.where(i == k, solved[None, :], inverse)
     return lower, inverse
+
+
+@triton.jit
+def _reloaded(pointers, x):
+    """x by way of memory. In the layout that a product leaves, `_triangular` takes minutes to compile, and spills."""
+    tl.debug_barrier()
+    tl.store(pointers, x)
+    tl.debug_barrier()
+    return tl.load(pointers)
 
 
 @triton.jit(do_not_specialize=["every"])
@@ -205,10 +222,14 @@ def _left_problem_kernel(
         left = tl.load(l_ptrs, mask=mask, other=0.0)
         gram = tl.dot(tl.trans(y), y, gram, input_precision=PRECISION)
         cross = tl.dot(tl.trans(y), left, cross, input_precision=PRECISION)
-    lower, inverse = _triangular(gram, RANK)
-    kept = tl.dot(inverse, damping * beta1 * cross, input_precision=PRECISION) + (1.0 - damping) * tl.trans(lower)
-    tl.store(small(small_ptr, matrix, _FROM_PRODUCT, RANK), inverse)
-    tl.store(small(small_ptr, matrix, _FROM_RIGHT, RANK), kept)
+    damping = _damping_of(at, damping)
+    cross_ptrs = small(small_ptr, matrix, _FROM_RIGHT, RANK)
+    tl.store(cross_ptrs, damping * beta1 * cross)
+    lower, inverse = _triangular(_reloaded(small(small_ptr, matrix, _TO_LEFT, RANK), gram), rank, RANK)
+    inverse = _reloaded(small(small_ptr, matrix, _FROM_PRODUCT, RANK), inverse)
+    kept = tl.dot(inverse, tl.load(cross_ptrs), input_precision=PRECISION)
+    kept += (1.0 - damping) * tl.trans(_reloaded(small(small_ptr, matrix, _TO_RIGHT, RANK), lower))
+    tl.store(cross_ptrs, kept)
 
 
 @triton.jit(do_not_specialize=["every"])
@@ -237,11 +258,53 @@ def _right_problem_kernel(
         ptrs, mask = right_tile(right_ptr + field(at, RIGHT_SCRATCH), cols, n, rank, RANK)
         core = tl.load(ptrs, mask=mask, other=0.0)
         gram = tl.dot(core, tl.trans(core), gram, input_precision=PRECISION)
-    lower, inverse = _triangular(gram, RANK)
-    orthogonal = tl.load(small(small_ptr, matrix, _FROM_PRODUCT, RANK))
-    to_left = tl.dot(tl.trans(orthogonal), lower, input_precision=PRECISION)
-    tl.store(small(small_ptr, matrix, _TO_LEFT, RANK), to_left)
+    to_left_ptrs = small(small_ptr, matrix, _TO_LEFT, RANK)
+    lower, inverse = _triangular(_reloaded(to_left_ptrs, gram), rank, RANK)
     tl.store(small(small_ptr, matrix, _TO_RIGHT, RANK), inverse)
+    lower = _reloaded(small(small_ptr, matrix, _FROM_RIGHT, RANK), lower)
+    orthogonal = tl.load(small(small_ptr, matrix, _FROM_PRODUCT, RANK))
+    tl.store(to_left_ptrs, tl.dot(tl.trans(orthogonal), lower, input_precision=PRECISION))
+
+
+@triton.jit
+def _exchange_left(
+    at, rows, scratch_ptr, solve_ptrs, moves, PRECISION: tl.constexpr, RANK: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """Rows of L."""
+    m = field32(at, M)
+    rank = field32(at, RANKS)
+    state_ptrs, mask = left_tile(address_of(at, LEFT_STATE, tl.float32, False) + field(at, LEFT), rows, m, rank, RANK)
+    scratch_ptrs, _ = left_tile(scratch_ptr + field(at, LEFT_SCRATCH), rows, m, rank, RANK)
+    old = tl.load(state_ptrs, mask=mask, other=0.0)
+    new = tl.load(scratch_ptrs, mask=mask, other=0.0)
+    # all threads have read before one of them writes, in whatever layout
+    tl.debug_barrier()
+    if moves:
+        new = tl.dot(new, tl.load(solve_ptrs), input_precision=PRECISION)
+    tl.store(state_ptrs, new, mask=mask)
+    tl.store(scratch_ptrs, old, mask=mask)
+
+
+@triton.jit
+def _exchange_right(
+    at, cols, scratch_ptr, solve_ptrs, moves, PRECISION: tl.constexpr, RANK: tl.constexpr, BLOCK_N: tl.constexpr
+):
+    """Columns of R. A row whose B depends on the others stays as it is, to be there when it is needed: L has zeros."""
+    n = field32(at, N)
+    rank = field32(at, RANKS)
+    state_ptrs, mask = right_tile(
+        address_of(at, RIGHT_STATE, tl.float32, False) + field(at, RIGHT), cols, n, rank, RANK
+    )
+    scratch_ptrs, _ = right_tile(scratch_ptr + field(at, RIGHT_SCRATCH), cols, n, rank, RANK)
+    old = tl.load(state_ptrs, mask=mask, other=0.0)
+    if moves:
+        core = tl.load(scratch_ptrs, mask=mask, other=0.0)
+        tl.debug_barrier()
+        solve = tl.load(solve_ptrs)
+        new = tl.dot(solve, core, input_precision=PRECISION)
+        live = tl.sum(solve * solve, 1) > 0.0
+        tl.store(state_ptrs, tl.where(live[:, None], new, old), mask=mask)
+    tl.store(scratch_ptrs, old, mask=mask)
 
 
 @triton.jit(do_not_specialize=["matrices", "row_blocks", "every"])
@@ -250,10 +313,7 @@ def _exchange_kernel(
     SKIP_NONFINITE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """New factors into the state, old ones into the scratch. One program owns BLOCK_M rows of L or BLOCK_N columns of R.
-
-    A row of R whose B depends on the others stays as it is, with zeros in L, so that it is there when it is needed.
-    """
+    """New factors into the state, old ones into the scratch. One program owns BLOCK_M rows of L or BLOCK_N columns of R."""
     if scalar_or(found_inf, 0.0) != 0.0:
         return
     block = tl.program_id(0)
@@ -267,31 +327,11 @@ def _exchange_kernel(
         if tl.load(bad_ptr + field(at, OWNER)) != 0:
             return
     moves = _is_power_step(at, every)
-    rank = field32(at, RANKS)
     if is_left:
         rows = (block - field(at, ROW_BLOCK)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
-        state_ptr = address_of(at, LEFT_STATE, tl.float32, False) + field(at, LEFT)
-        state_ptrs, mask = left_tile(state_ptr, rows, field32(at, M), rank, RANK)
-        scratch_ptrs, _ = left_tile(left_ptr + field(at, LEFT_SCRATCH), rows, field32(at, M), rank, RANK)
-        old = tl.load(state_ptrs, mask=mask, other=0.0)
-        new = tl.load(scratch_ptrs, mask=mask, other=0.0)
-        # each thread has to have read its part before it is overwritten in the layout of another
-        tl.debug_barrier()
-        if moves:
-            new = tl.dot(new, tl.load(small(small_ptr, matrix, _TO_LEFT, RANK)), input_precision=PRECISION)
-        tl.store(state_ptrs, new, mask=mask)
-        tl.store(scratch_ptrs, old, mask=mask)
+        to_left_ptrs = small(small_ptr, matrix, _TO_LEFT, RANK)
+        _exchange_left(at, rows, left_ptr, to_left_ptrs, moves, PRECISION, RANK, BLOCK_M)
     else:
         cols = (block - row_blocks - field(at, COL_BLOCK)).to(tl.int32) * BLOCK_N + tl.arange(0, BLOCK_N)
-        state_ptr = address_of(at, RIGHT_STATE, tl.float32, False) + field(at, RIGHT)
-        state_ptrs, mask = right_tile(state_ptr, cols, field32(at, N), rank, RANK)
-        scratch_ptrs, _ = right_tile(right_ptr + field(at, RIGHT_SCRATCH), cols, field32(at, N), rank, RANK)
-        old = tl.load(state_ptrs, mask=mask, other=0.0)
-        if moves:
-            core = tl.load(scratch_ptrs, mask=mask, other=0.0)
-            tl.debug_barrier()
-            solve = tl.load(small(small_ptr, matrix, _TO_RIGHT, RANK))
-            live = tl.sum(solve * solve, 1) > 0.0
-            new = tl.dot(solve, core, input_precision=PRECISION)
-            tl.store(state_ptrs, tl.where(live[:, None], new, old), mask=mask)
-        tl.store(scratch_ptrs, old, mask=mask)
+        to_right_ptrs = small(small_ptr, matrix, _TO_RIGHT, RANK)
+        _exchange_right(at, cols, right_ptr, to_right_ptrs, moves, PRECISION, RANK, BLOCK_N)

@@ -64,6 +64,15 @@ def sides(at, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def offset_of(at, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
+    """A field that counts elements from an address, and where ALIGNED is known to be a multiple of eight."""
+    offset = field(at, FIELD)
+    if ALIGNED:
+        offset = (offset // 8) * 8
+    return offset
+
+
+@triton.jit
 def address_of(at, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a tensor of the matrix's parameter starts."""
     _, _, addresses_ptr = at
@@ -88,22 +97,16 @@ def tile_pointers(
         col_offsets = tl.load(col_offsets_ptr + cols, mask=cols < n, other=0)
         return pointer + (row_offsets[:, None] + col_offsets[None, :])
     else:
-        stride = field(at, ROW_STRIDE + OPERAND)
-        offset = field(at, OFFSET + OPERAND)
-        if ALIGNED:
-            stride = (stride // 8) * 8
-            offset = (offset // 8) * 8
-        return pointer + offset + (rows.to(tl.int64)[:, None] * stride + cols[None, :])
+        stride = offset_of(at, ROW_STRIDE + OPERAND, ALIGNED)
+        return pointer + offset_of(at, OFFSET + OPERAND, ALIGNED) + (rows.to(tl.int64)[:, None] * stride + cols[None, :])
 
 
 @triton.jit
 def state_pointers(at, rows, cols, shape, COLUMN: tl.constexpr, ALIGNED: tl.constexpr):
     """Pointers to a tile of an fp32 state of the parameter's shape."""
     _, n = shape
-    start = field(at, START)
-    if ALIGNED:
-        start = (start // 8) * 8
-    return address_of(at, COLUMN, tl.float32, ALIGNED) + start + (rows.to(tl.int64)[:, None] * n + cols[None, :])
+    pointer = address_of(at, COLUMN, tl.float32, ALIGNED) + offset_of(at, START, ALIGNED)
+    return pointer + (rows.to(tl.int64)[:, None] * n + cols[None, :])
 
 
 @triton.jit
