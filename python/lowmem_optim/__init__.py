@@ -5,7 +5,9 @@ They are ordinary torch.optim optimizers, with groups, schedulers, closures, Gra
 
 from .adafactor import Adafactor
 from .adalomo import AdaLomo
+from .adammini import AdamMini
 from .adamw import AdamW
+from .adapm import AdaPM
 from .came import CAME
 from .lomo import Lomo
 from .mngd import MNGD
@@ -14,4 +16,17 @@ from .sinkgd import SinkGD
 from .swan import SWAN
 from .torch_adafactor import TorchAdafactor
 
-__all__ = ["CAME", "MNGD", "SWAN", "AdaLomo", "Adafactor", "AdamW", "Lomo", "SinkGD", "TorchAdafactor", "split_params"]
+__all__ = [
+    "CAME",
+    "MNGD",
+    "SWAN",
+    "AdaLomo",
+    "AdaPM",
+    "Adafactor",
+    "AdamMini",
+    "AdamW",
+    "Lomo",
+    "SinkGD",
+    "TorchAdafactor",
+    "split_params",
+]

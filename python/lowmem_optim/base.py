@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from operator import is_
 from typing import Any, ClassVar, NamedTuple, overload
@@ -16,7 +16,7 @@ from lowmem_kernels.elementwise import grad_stats
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
-from .buckets import OWN_RULE, Bucket
+from .buckets import OWN_RULE, Bucket, Part
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 
@@ -76,6 +76,14 @@ class LowMemOptimizer(Optimizer):
         """Return which of the optimizer's rules, if it has several, updates a parameter; those of a bucket have one."""
         return OWN_RULE
 
+    def parts_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> Sequence[Part]:
+        """Return what is updated by itself of the parameter at a place of its group: all of it, unless a subclass."""
+        return (Part(self.rule_of(param, group)),)
+
+    def state_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> dict[str, Tensor]:
+        """Return `new_state` of the parameter at a place of its group, for a subclass whose parameters differ."""
+        return self.new_state(param, group)
+
     def complete_group(self, group: dict[str, Any]) -> None:
         """Add to a new group what an optimizer keeps there besides options."""
 
@@ -134,31 +142,31 @@ class LowMemOptimizer(Optimizer):
             objects = [*params, *self.param_groups, *self.state.values()]
             known = self._known = _Known(objects, facts, buckets, places)
         for bucket, where in zip(known.buckets, known.places, strict=True):
-            bucket.grads = Gradients([grads[i] for i in where])
+            bucket.take([grads[i] for i in where])
             bucket.notice()
         return known.buckets
 
     def _make_buckets(self) -> tuple[list[Bucket], list[list[int]]]:
         """Buckets, and the places of their parameters among all. All gradients are checked before any state is made."""
         found, checked = [], set()
-        for place, (group, param, identity) in enumerate(self._parameters()):
+        for position, (group, place, param, identity) in enumerate(self._parameters()):
             grad = param.grad
             if grad is not None:
-                rule = self.rule_of(param, group)
-                kind = (id(group), rule, param.device, param.dtype, grad.dtype, grad.layout)
-                if kind not in checked:
-                    self._check_gradient(group, param, grad, identity)
-                    checked.add(kind)
-                found.append((kind, rule, group, param, identity, place))
-        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], str, Tensor, dict[str, Any], int]]] = {}
-        for kind, rule, group, param, identity, place in found:
-            state = self.state[param] or self._make_state(param, group, identity)
+                for part in self.parts_of(param, group, place):
+                    kind = (id(group), part.rule, param.device, param.dtype, grad.dtype, grad.layout)
+                    if kind not in checked:
+                        self._check_gradient(group, param, grad, identity)
+                        checked.add(kind)
+                    found.append((kind, part, group, place, param, identity, position))
+        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, dict[str, Any], Part, int]]] = {}
+        for kind, part, group, place, param, identity, position in found:
+            state = self.state[param] or self._make_state(param, group, place, identity)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            members.setdefault((kind, *_narrow_parts(state)), []).append((group, rule, param, state, place))
+            members.setdefault((kind, *_narrow_parts(state)), []).append((group, param, state, part, position))
         buckets, places = [], []
         for each in members.values():
-            groups, rules, params, states, where = zip(*each, strict=True)
-            buckets.append(Bucket(groups[0], rules[0], params, states))
+            groups, params, states, parts, where = zip(*each, strict=True)
+            buckets.append(Bucket(groups[0], params, states, parts))
             places.append(list(where))
         return buckets, places
 
@@ -229,24 +237,24 @@ class LowMemOptimizer(Optimizer):
 
     def init_state(self) -> None:
         """Create the state of every parameter now instead of at its first gradient; on the meta device too."""
-        for group, param, identity in self._parameters():
+        for group, place, param, identity in self._parameters():
             if not self.state[param]:
-                self._make_state(param, group, identity)
+                self._make_state(param, group, place, identity)
 
-    def _parameters(self) -> Iterator[tuple[dict[str, Any], Tensor, str | int]]:
-        """(group, parameter, identity) of all; the identity is the name if there are names, else the position."""
+    def _parameters(self) -> Iterator[tuple[dict[str, Any], int, Tensor, str | int]]:
+        """(group, place in it, parameter, identity) of all; the identity is the name, or without names the position."""
         position = 0
         for group in self.param_groups:
             names = group.get("param_names")
             for i, param in enumerate(group["params"]):
-                yield group, param, names[i] if names else position
+                yield group, i, param, names[i] if names else position
                 position += 1
 
-    def _make_state(self, param: Tensor, group: dict[str, Any], identity: str | int) -> dict[str, Any]:
+    def _make_state(self, param: Tensor, group: dict[str, Any], place: int, identity: str | int) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
         state["uid"] = uid_of(identity)
-        state.update(self.new_state(param, group))
+        state.update(self.state_of(param, group, place))
         return state
 
     # checkpoints
@@ -272,13 +280,16 @@ class LowMemOptimizer(Optimizer):
             """Runs after the user's pre-hooks: convert all states, and leave torch none to cast."""
             saved_groups = [dict(self.foreign.options(group, self.defaults)) for group in incoming["param_groups"]]
             # the options that will be in force, which also say what state there is
-            in_force = [{**self.defaults, **saved} for saved in saved_groups]
+            in_force = [
+                {**group, **self.defaults, **saved}
+                for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            ]
             for options in in_force:
                 self._check(options)
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
-            for (saved_id, options), (_group, param, identity) in zip(saved_params, self._parameters(), strict=False):
+            for (saved_id, options), (_, place, param, identity) in zip(saved_params, self._parameters(), strict=False):
                 if saved_id in incoming["state"]:
-                    expected = self.new_state(torch.empty_like(param, device="meta"), options)
+                    expected = self.state_of(torch.empty_like(param, device="meta"), options, place)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
                     states[param] = converted_state(saved, expected, param, identity)
             return {**incoming, "param_groups": saved_groups, "state": {}}

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
+from lowmem_optim.partial import PartialMomentum
 from lowmem_optim.roles import split_params
 from lowmem_optim.routed import RoutedOptimizer
 
@@ -84,12 +85,13 @@ class Choice:
     def build(self, model: nn.Module, lr: float, options: dict[str, Any]) -> Optimizer:
         """The optimizer for the model's parameters, with those of the options that it takes.
 
-        One that has a rule for matrices only is told the parameters' roles. Raises ValueError naming the optimizer when
+        One that has several rules for matrices is told the parameters' roles. Raises ValueError naming the optimizer when
         its constructor rejects an option.
         """
         options = {**OPTIONS.get(self.name, {}), **options}
         own = {key: value for key, value in options.items() if self.takes(key)}
-        params = split_params(model) if issubclass(self.cls, RoutedOptimizer) else model.named_parameters()
+        roles = issubclass(self.cls, (RoutedOptimizer, PartialMomentum))
+        params = split_params(model) if roles else model.named_parameters()
         try:
             return self.cls(params, lr=lr, **own)  # type: ignore[call-arg]
         except (TypeError, ValueError, RuntimeError) as error:
