@@ -98,7 +98,8 @@ class _Parameter:
         self.cols: Tensor | None = None  # v of each column of each matrix
         self.factors: list[_Factors] = []
         if left is not None and right is not None:
-            self.lefts, self.rights = left.view(-1, *left.shape[-2:]), right.view(-1, *right.shape[-2:])
+            self.lefts = left.view(self.stack, *left.shape[-2:])
+            self.rights = right.view(self.stack, *right.shape[-2:])
         self.skipped = 0
         self.kept_rows: Tensor | None = None
 
@@ -204,6 +205,8 @@ class _Parameter:
             lower, inverse = triangular(sketch.mT @ sketch)
             kept = damping * beta * inverse @ (sketch.mT @ left) + (1 - damping) * lower.mT
             core = damping * (1 - beta) * inverse @ product + kept @ right
+            # a row of Q^T A that is not there makes room for one of R: Q has zeros, so that no product notices
+            core = torch.where(inverse.diagonal()[:, None] == 0, right, core)
             scale, unscale = triangular(core @ core.mT)
             dead = scale.diagonal() == 0
             new_right = torch.where(dead[:, None], right, unscale @ core)
@@ -214,7 +217,7 @@ class _Parameter:
         found = []
         weight = 1 - self.hyper.betas[1]
         for state, sums, length in ((self.row_sq, self.row_sums, self.n), (self.col_sq, self.col_sums, self.m)):
-            if state is None or sums.numel() == 0:
+            if state is None or self.param.numel() == 0:
                 continue
             groups = state.numel()
             size = sums.numel() // groups
@@ -246,6 +249,8 @@ class _Parameter:
             span = slice(first + rows.start, first + rows.stop)
             if self.kept_rows is not None:
                 keep = ~self.kept_rows[span, None]
+            elif keep is not None and write:
+                self.skipped += int(keep.logical_not().sum())
             if m is not None:
                 new_m = torch.lerp(m, g, 1 - beta1)
                 if write:

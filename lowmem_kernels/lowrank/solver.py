@@ -21,6 +21,11 @@ def triangular(gram: Tensor) -> tuple[Tensor, Tensor]:
     """
     rest = gram.double()
     size = rest.diagonal().clone()
+    lower, info = torch.linalg.cholesky_ex(rest)
+    pivots = lower.diagonal().square()
+    if info.item() == 0 and bool(((pivots > DEPENDENT * size) & (pivots > TINY)).all()):
+        eye = torch.eye(len(rest), dtype=rest.dtype, device=rest.device)
+        return lower.to(gram.dtype), torch.linalg.solve_triangular(lower, eye, upper=False).to(gram.dtype)
     lower, inverse = torch.zeros_like(rest), torch.zeros_like(rest)
     for k in range(len(rest)):
         pivot = rest[k, k].item()

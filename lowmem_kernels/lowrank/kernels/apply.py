@@ -99,6 +99,8 @@ def _group_moments_kernel(
             return
     m = field32(at, M)
     n = field32(at, N)
+    if (m == 0) | (n == 0):
+        return
     if SECOND != "cols":
         state_ptr = address_of(at, ROW_SQ, tl.float32, False) + field(at, ROW_ENTRY)
         sums_ptr = row_sums_ptr + field(at, FIRST_ROW)

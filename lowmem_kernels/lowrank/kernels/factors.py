@@ -153,6 +153,8 @@ def _col_pass_kernel(
         pull = _damping_of(at, damping) * one_minus_beta1
         core = tl.dot(from_product, pull * product, input_precision=PRECISION)
         core = tl.dot(tl.load(small(small_ptr, matrix, _FROM_RIGHT, RANK)), old, core, input_precision=PRECISION)
+        # a row of Q^T A that is not there makes room for one of R: Q has zeros, so that no product notices
+        core = tl.where((tl.sum(from_product * from_product, 1) > 0.0)[:, None], core, old)
         tl.store(new_ptrs, core, mask=mask)
 
 
