@@ -58,7 +58,7 @@ class AdaPM(PartialMomentum):
             on each of its elements.
         policy: a function of (name, parameter) to "none", "lowrank" or "full", or to a list of (slice, one of these);
             a slice is of the first dimension, or a tuple of slices. Or one of these for all matrices. None: by names.
-            Not saved in checkpoints, but what it said is.
+            A group may have its own. What it said is kept and saved, the function is not.
         **options: see AdaPMOptions.
 
     State, float32: ``exp_avg``, or ``exp_avg_left`` [m, r] and ``exp_avg_right`` [r, n]; ``exp_avg_sq``,
@@ -87,7 +87,7 @@ class AdaPM(PartialMomentum):
         eps: float = 1e-8,
         weight_decay: float = 0.1,
         *,
-        update_clip: tuple[str, float] | None = ("rms", 1.0),
+        update_clip: tuple[str, float] | None = ("elem", 3.0),
         policy: Policy | str | None = None,
         **options: Unpack[AdaPMOptions],
     ) -> None:

@@ -26,7 +26,7 @@ _MOMENTUM = ("exp_avg", "exp_avg_left", "exp_avg_right")
 class PartialMomentum(LowMemOptimizer):
     """Base class: a group has, besides common options, head_dim, betas, eps and weight_decay.
 
-    ``policy`` is not among the options: what it says is found when a group is added, and is then the group's.
+    ``policy``, the optimizer's or a group's own, is not kept: what it says is found when a group is added.
     """
 
     #: the momentum of each kind of block where there is no policy
@@ -59,7 +59,7 @@ class PartialMomentum(LowMemOptimizer):
             return
         names = group.get("param_names") or [""] * len(group["params"])
         second = self.second_moment_of(group)
-        choice = Choice(self._policy, self.momenta, second, group["head_dim"], group.get("role"))
+        choice = Choice(group.pop("policy", self._policy), self.momenta, second, group["head_dim"], group.get("role"))
         blocks = blocks_of(names, group["params"], choice)
         # plain tuples, which a checkpoint may hold
         group[BLOCKS] = tuple([tuple([tuple(block) for block in each]) for each in blocks])
@@ -104,7 +104,7 @@ class PartialMomentum(LowMemOptimizer):
         elif momentum == "lowrank":
             rank = self._rank(block._replace(where=None), part, group)
             shapes["exp_avg_left"] = (*shape[:-1], rank)
-            rows = _starting_rows(rank, shape[-1], group["seed"]) if part.device.type != "meta" else None
+            rows = _starting_rows(rank, shape[-1]) if part.device.type != "meta" else None
             state["exp_avg_right"] = torch.empty((*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device)
             if rows is not None:
                 state["exp_avg_right"].copy_(rows)
@@ -195,8 +195,8 @@ def _described(second: str, block: Block) -> str:
 
 
 @lru_cache(maxsize=256)
-def _starting_rows(rank: int, columns: int, seed: int) -> Tensor:
-    """Orthonormal rows, random: what a low-rank momentum looks along before it has seen a gradient."""
-    generator = torch.Generator().manual_seed(seed % 2**63)
+def _starting_rows(rank: int, columns: int) -> Tensor:
+    """Orthonormal rows, random but always the same: what a low-rank momentum looks along before it sees a gradient."""
+    generator = torch.Generator().manual_seed(0)
     random = torch.randn(columns, rank, generator=generator)
     return torch.linalg.qr(random)[0].mT.contiguous()

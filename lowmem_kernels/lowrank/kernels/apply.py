@@ -322,9 +322,9 @@ def _momentum_update_kernel(
         else:
             numel = tl.maximum(field(at, NUMEL), 1).to(tl.float32)
             square = sum_of(partial_ptr + field(at, OWNER_TILE), tiles) / numel
-            excess = tl.sqrt(square) / clip_rms
-            # so that NaN stays
-            tl.store(clip_ptr + owner, tl.where(excess <= 1.0, 1.0, 1.0 / excess))
+            # NaN stays
+            excess = tl.maximum(tl.sqrt(square) / clip_rms, 1.0, propagate_nan=tl.PropagateNan.ALL)
+            tl.store(clip_ptr + owner, 1.0 / excess)
             if SKIP_NONFINITE:
                 if is_finite(square) == 0:
                     tl.store(bad_ptr + owner, 1)
