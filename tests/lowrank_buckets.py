@@ -109,7 +109,10 @@ def expected_step(p, g, states, t, rule, hyper):
         terms = (np.abs(states["exp_avgs"]) + np.abs(g)) / (1 - beta1**t)
     elif "lefts" in states:
         flat = [x.reshape(-1, *x.shape[-2:]) for x in (states["lefts"], states["rights"], g)]
-        found = [exact.momentum_of(*x, t, beta1, rule.residual_scale, rule.solver, rule.refresh) for x in zip(*flat)]
+        found = [
+            exact.momentum_of(*x, t, beta1, rule.residual_scale, rule.solver, rule.refresh)
+            for x in zip(*flat, strict=True)
+        ]
         u = np.stack([each[0] for each in found]).reshape(g.shape)
         # the momenta that cancel are as large as their largest row and column, in norm
         sizes = [
@@ -134,7 +137,10 @@ def expected_step(p, g, states, t, rule, hyper):
     return p - hyper["lr"] * (x + hyper["weight_decay"] * p), new, largest
 
 
-def step_and_check(bucket, rule=MomentumRule(), transform=None, gradient=None, backend="torch", **options):
+PLAIN = MomentumRule()
+
+
+def step_and_check(bucket, rule=PLAIN, transform=None, gradient=None, backend="torch", **options):
     """One step, and all it wrote against the oracle.
 
     Bounds are 32 units of 2**-24 of the terms of each update, for some 16 operations and the sums in them: a low-rank
@@ -164,7 +170,9 @@ def step_and_check(bucket, rule=MomentumRule(), transform=None, gradient=None, b
                 continue
             actual = numpy64(bucket.states[name][i])
             allowed = 64 * unit * (np.abs(value) + (np.abs(g).max(initial=0) if name == "exp_avgs" else 0)) + 2.0**-149
-            assert (np.abs(actual - value.reshape(actual.shape)) <= allowed.reshape(actual.shape)).all(), f"{name} {label}"
+            assert (np.abs(actual - value.reshape(actual.shape)) <= allowed.reshape(actual.shape)).all(), (
+                f"{name} {label}"
+            )
 
 
 def assert_same_momentum_buckets(actual, expected):

@@ -1,4 +1,4 @@
-"""Partial momentum in float64 NumPy, from the definitions: A, M and the residual are made. Nothing looks at the code."""
+"""Partial momentum in float64 NumPy, from the definitions: A, M and the residual are made. Nothing sees the code."""
 
 import numpy as np
 

@@ -81,9 +81,9 @@ def partial_momentum_update_(
         backend: "auto", "triton" or "torch".
 
     Traffic: for each element of e bytes, p is read and written once, g is read once, v and m of the parameter's shape
-    are read and written once. More reads of g: two with low-rank factors (one with solver="fixed"); one with v of
-    groups that are not single rows, two with col_sqs and row_sqs, but none for either with low-rank factors; one, and of
-    v and m as well, with update_clip=("rms", d). See README.md.
+    are read and written once. More reads of g: two with low-rank factors (one with solver="fixed"). Without them, one
+    with v of groups that are not single rows, two with both row_sqs and col_sqs. With update_clip=("rms", d) one more
+    of g, v and m. See README.md.
 
     Raises:
         ValueError, TypeError: lists or options that do not fit together, before anything is written.

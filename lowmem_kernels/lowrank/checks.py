@@ -46,7 +46,9 @@ def form_of(
     momentum = "full" if exp_avgs is not None else "none" if lefts is None else "lowrank"
     if exp_avg_sqs is not None:
         return Form(momentum, "element")
-    return Form(momentum, "factored" if row_sqs is not None and col_sqs is not None else "rows" if col_sqs is None else "cols")
+    return Form(
+        momentum, "factored" if row_sqs is not None and col_sqs is not None else "rows" if col_sqs is None else "cols"
+    )
 
 
 def check_lists(
@@ -93,7 +95,9 @@ def _check_states(params: TensorList, form: Form, states: dict[str, TensorList |
                     f"rights[{i}] has rank {rank}; allowed: at most {MAX_RANK}, and the sides of {tuple(param.shape)}"
                 )
         shapes = [p.shape for p in params]
-        check_list("lefts", lefts, [torch.Size((*s[:-1], r)) for s, r in zip(shapes, ranks, strict=False)], device, fp32)
+        check_list(
+            "lefts", lefts, [torch.Size((*s[:-1], r)) for s, r in zip(shapes, ranks, strict=False)], device, fp32
+        )
         right_shapes = [torch.Size((*s[:-2], r, s[-1])) for s, r in zip(shapes, ranks, strict=False)]
         check_list("rights", rights, right_shapes, device, fp32)
     for name, last in (("row_sqs", False), ("col_sqs", True)):

@@ -82,7 +82,8 @@ def partial_momentum_update_(
         # taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         "one_minus_beta1": 1 - beta1, "one_minus_beta2": 1 - beta2,
         "log_beta1": _log(beta1), "log_beta2": _log(beta2), "beta1": float(beta1),
-        "carry": rule.residual_scale * beta1 / (1 - beta1), "gamma": float(rule.residual_scale), "damping": rule.damping, "pull": rule.damping * (1 - beta1),
+        "carry": rule.residual_scale * beta1 / (1 - beta1), "gamma": float(rule.residual_scale),
+        "damping": rule.damping, "pull": rule.damping * (1 - beta1),
         "every": rule.every, "clip_element": rule.clip_of("elem"), "clip_rms": rule.clip_of("rms"),
     }  # fmt: skip
     columns = [params, grads, steps, exp_avgs, lefts, rights, exp_avg_sqs, row_sqs, col_sqs]
@@ -158,7 +159,8 @@ def _schedules(
 ) -> list[tuple[Schedule, Tensor, Tensor]]:
     """(schedule, its table, its addresses on the device) of each kind that occurs."""
     params, grads, _, _, _, rights, _, row_sqs, col_sqs = columns
-    assert params is not None and grads is not None
+    assert params is not None
+    assert grads is not None
     where = addresses(columns)
     # the counter's place is no one's concern
     aligned = starts_aligned(where[:, [0, 1, 3, 4, 5, 6, 7, 8]])

@@ -82,13 +82,11 @@ def partial_momentum_update_(
 class _Parameter:
     """One parameter, cut into pieces of two dimensions: [(first row, p, g, m, v, first of its v of columns)]."""
 
-    def __init__(
-        self, param: Tensor, grad: Tensor, given: Sequence[Tensor | None], step: int, hyper: _Hyper
-    ) -> None:
+    def __init__(self, param: Tensor, grad: Tensor, given: Sequence[Tensor | None], step: int, hyper: _Hyper) -> None:
         self.param, self.hyper, self.step = param, hyper, step
         exp_avg, left, right, exp_avg_sq, self.row_sq, self.col_sq = given
         self.stack, self.m, self.n = matrix_shape(param.shape, hyper.form.by_matrix)
-        tensors = (param, grad, exp_avg, exp_avg_sq)
+        tensors: tuple[Tensor | None, ...] = (param, grad, exp_avg, exp_avg_sq)
         if self.stack == 1 and all(t is None or t.is_contiguous() for t in tensors):
             tensors = tuple([None if t is None else t.view(self.m, self.n) for t in tensors])
         self.pieces = list(_pieces(*tensors))
@@ -135,9 +133,9 @@ class _Parameter:
             # one subtraction: p * (1 - lr * weight_decay) would repeat the same rounding error every step
             new = value - (x * (hyper.lr * factor)).add_(value, alpha=hyper.lr * hyper.weight_decay)
             store_(p, new if keep is None else torch.where(keep, new, value), stochastic, noise_key, start)
-        for each, (old, new) in enumerate(self.factors):
-            self.lefts[each].copy_(new[0])
-            self.rights[each].copy_(new[1])
+        for each, factors in enumerate(self.factors):
+            self.lefts[each].copy_(factors.new[0])
+            self.rights[each].copy_(factors.new[1])
         if hyper.transform.skipped is not None:
             hyper.transform.skipped.add_(self.skipped)
         return True
@@ -155,7 +153,9 @@ class _Parameter:
         """(matrix, its rows, [p, g, m, v] of these rows)."""
         height = max(1, BLOCK // max(self.n, 1))
         for first, views in self.pieces:
-            count = len(views[0])
+            param = views[0]
+            assert param is not None
+            count = len(param)
             for i in range(0, count, height):
                 matrix, row = divmod(first + i, self.m) if self.stack > 1 else (0, first + i)
                 part = slice(i, min(i + height, count))
@@ -243,7 +243,8 @@ class _Parameter:
         beta1, beta2 = hyper.betas
         correction1, root2 = 1 - beta1**t, 1 / math.sqrt(1 - beta2**t)
         for matrix, rows, (p, grad, m, v) in self._blocks():
-            assert p is not None and grad is not None
+            assert p is not None
+            assert grad is not None
             g, keep = self._gradient(grad)
             first = matrix * self.m
             span = slice(first + rows.start, first + rows.stop)
@@ -292,7 +293,10 @@ def _pieces(*tensors: Tensor | None, first: int = 0) -> Iterator[tuple[int, list
         return
     if len(shape) <= 2:
         # a vector is one row
-        yield first, [None if t is None else t if t.ndim == 2 else t.view(1, 1) if t.ndim == 0 else t[None] for t in tensors]
+        yield (
+            first,
+            [None if t is None else t if t.ndim == 2 else t.view(1, 1) if t.ndim == 0 else t[None] for t in tensors],
+        )
         return
     rows = math.prod(shape[1:-1])
     for i in range(shape[0]):

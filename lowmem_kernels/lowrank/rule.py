@@ -48,7 +48,9 @@ class MomentumRule:
         if clip is not None and not (
             isinstance(clip, (tuple, list)) and len(clip) == 2 and clip[0] in CLIPS and 0 < clip[1] < math.inf
         ):
-            raise ValueError(f"rule.update_clip is {clip!r}; allowed: None, ('rms', d) or ('elem', c) with a number > 0")
+            raise ValueError(
+                f"rule.update_clip is {clip!r}; allowed: None, ('rms', d) or ('elem', c) with a number > 0"
+            )
 
     @property
     def every(self) -> int:

@@ -124,13 +124,14 @@ class Place(NamedTuple):
 def tiling_of(kind: Kind) -> Tiling:
     """Return how matrices of a kind are cut.
 
-    With factors a tile is 64 x 32, of which 8 warps of sm_90 need 126 registers for rank 16; 64 x 64 take 224. Without, 8 rows of
-    256: each thread of 4 warps has 16 elements, of which 8 beside each other are one 16-byte access of bfloat16. Where
-    elements are accessed one by one an address goes with each, so there are 2 rows. Computed, not measured.
+    With factors a tile is 64 x 32, of which 8 warps of sm_90 need 128 registers for rank 16; 64 x 64 take 224. Without,
+    8 rows of 256: each thread of 4 warps has 16 elements, of which 8 beside each other are one 16-byte access of
+    bfloat16. Where elements are accessed one by one an address goes with each, so there are 64 columns. Computed, not
+    measured.
     """
     if kind.rank:
         return Tiling(64, 32, 1024)
-    return Tiling(8 if kind.layout.aligned else 2, 256, 1024)
+    return Tiling(8, 256 if kind.layout.aligned else 64, 1024)
 
 
 def padded_rank(rank: int) -> int:

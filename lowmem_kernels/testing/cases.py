@@ -145,9 +145,9 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     "one_sided" once, where lines are what lies in one piece; "table" (five pairs and a row, a threshold and a momentum)
     reads g and m seven times; "held" is any of them for a matrix that one program holds, and reads each once.
 
-    Partial momentum, factors and sums not included: "lowrank" reads g three times and v once, "lowrank_rows" has no v of
-    the matrix's size, "lowrank_rms" reads g and v once more for the clip; "no_momentum" reads g and v once; "adam_mini"
-    reads g twice, where v is of single rows the second time from a cache, and m once.
+    Partial momentum, factors and sums not included: "lowrank" reads g three times and v once, "lowrank_rows" has no v
+    of the matrix's size, "lowrank_rms" reads g and v once more for the clip; "no_momentum" reads g and v once;
+    "adam_mini" reads g twice, where v is of single rows the second time from a cache, and m once.
 
     Of vectors, whose V is kept in full: "factored_vector" and "confidence_vector" read g and V twice.
     """

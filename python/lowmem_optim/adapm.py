@@ -36,8 +36,8 @@ class AdaPMOptions(CommonOptions, total=False):
 class AdaPM(PartialMomentum):
     """AdaPM: Adam with a momentum for some blocks, a low-rank one for most, and none for the rest. A reconstruction.
 
-    Of a block with gradient g: ``U`` is g itself ("none"), ``m / (1 - b1^t)`` ("full"), or with ``A = b1 L R + (1 - b1) g``,
-    factors ``L R ~ A`` of rank r, and the residual ``A - L R`` ("lowrank"):
+    Of a block with gradient g, U is g itself ("none"), ``m / (1 - b1^t)`` ("full"), or ("lowrank"), with ``A = b1 L R +
+    (1 - b1) g``, factors ``L R ~ A`` of rank r and the residual ``A - L R``:
 
     ``U = L R / (1 - b1^t) + residual_scale (A - L R) / (1 - b1)``
     ``p -= lr (clip(U / (sqrt(v / (1 - b2^t)) + eps)) + weight_decay p)``

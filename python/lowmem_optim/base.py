@@ -281,8 +281,7 @@ class LowMemOptimizer(Optimizer):
             saved_groups = [dict(self.foreign.options(group, self.defaults)) for group in incoming["param_groups"]]
             # the options that will be in force, which also say what state there is
             in_force = [
-                {**group, **self.defaults, **saved}
-                for group, saved in zip(self.param_groups, saved_groups, strict=False)
+                {**own, **self.defaults, **saved} for own, saved in zip(self.param_groups, saved_groups, strict=False)
             ]
             for options in in_force:
                 self._check(options)

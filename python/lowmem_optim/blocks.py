@@ -164,13 +164,13 @@ def _slices_of(kind: str, param: Tensor, transposed: bool) -> list[_Slice]:
     if kind == "gate, up":
         if long % 2:
             return [_Slice("mlp", None, transposed)]
-        lengths, kinds = (long // 2, long // 2), ("mlp", "mlp")
+        lengths, kinds = [long // 2] * 2, ["mlp"] * 2
     else:
         # as many queries as there are inputs, and fewer keys and values where groups share them
         if not short < long <= 3 * short or (long - short) % 2:
             return [_Slice("unknown", None, transposed)]
         shared = (long - short) // 2
-        lengths, kinds = (short, shared, shared), ("query", "key", "value")
+        lengths, kinds = [short, shared, shared], ["query", "key", "value"]
     starts = [sum(lengths[:i]) for i in range(len(lengths))]
     is_cols = dim == param.ndim - 1
     return [_Slice(k, (dim, start, length), is_cols) for k, start, length in zip(kinds, starts, lengths, strict=True)]

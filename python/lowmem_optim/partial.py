@@ -105,7 +105,9 @@ class PartialMomentum(LowMemOptimizer):
             rank = self._rank(block._replace(where=None), part, group)
             shapes["exp_avg_left"] = (*shape[:-1], rank)
             rows = _starting_rows(rank, shape[-1]) if part.device.type != "meta" else None
-            state["exp_avg_right"] = torch.empty((*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device)
+            state["exp_avg_right"] = torch.empty(
+                (*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device
+            )
             if rows is not None:
                 state["exp_avg_right"].copy_(rows)
         if block.second == "element":
@@ -131,11 +133,12 @@ class PartialMomentum(LowMemOptimizer):
             "row_sqs": "exp_avg_sq_row" if second in ("rows", "factored") else None,
             "col_sqs": "exp_avg_sq_col" if second in ("cols", "factored") else None,
         }
+        states: dict[str, Any] = {name: bucket.state(key) for name, key in present.items() if key is not None}
         partial_momentum_update_(
             bucket.params,
             bucket.grads,
             bucket.state("step"),
-            **{argument: bucket.state(key) for argument, key in present.items() if key is not None},
+            **states,
             lr=group["lr"],
             betas=group["betas"],
             eps=group["eps"],
@@ -148,7 +151,9 @@ class PartialMomentum(LowMemOptimizer):
 
     def table(self) -> str:
         """Return a line for each parameter or slice: name, shape, momentum, second moment, bytes of both; and sums."""
-        lines: list[tuple[str, ...]] = [("name", "shape", "momentum", "second moment", "bytes of momentum", "of second")]
+        lines: list[tuple[str, ...]] = [
+            ("name", "shape", "momentum", "second moment", "bytes of momentum", "of second")
+        ]
         total, sums = 0, [0, 0]
         for group, place, param, identity in self._parameters():
             meta = torch.empty_like(param, device="meta")

@@ -143,7 +143,7 @@ def test_found_inf_leaves_everything():
 
 def test_two_runs_have_the_same_bits():
     """With lists that are remembered, too, whose tables are uploaded once; counters are 0 between launches."""
-    one, two = (make_momentum_bucket(FEW, "lowrank", "factored", BF16_SR) for _ in range(2))
+    one, two = (make_momentum_bucket([FEW[i] for i in (0, 3, 6)], "lowrank", "factored", BF16_SR) for _ in range(2))
     two.params, two.steps = Tensors(two.params), Tensors(two.steps)
     two.states = {name: Tensors(tensors) for name, tensors in two.states.items()}
     for _ in range(2):

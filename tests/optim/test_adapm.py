@@ -296,7 +296,10 @@ def test_a_policy_may_say_anything():
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
-        ("some", r"policy\('a', a parameter of shape \(8, 6\)\) is 'some'; allowed: 'none', 'lowrank', 'full', or a list"),
+        (
+            "some",
+            r"policy\('a', a parameter of shape \(8, 6\)\) is 'some'; allowed: 'none', 'lowrank', 'full', or a list",
+        ),
         ([(slice(0, 8), "some")], "has 'some'; allowed: 'none'"),
         ([(slice(0, 4), "full")], "allowed: slices of one dimension, in order, that cover all of it"),
         ([(slice(4, 8), "full"), (slice(0, 4), "full")], "in order, that cover all of it"),

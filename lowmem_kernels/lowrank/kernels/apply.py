@@ -174,9 +174,7 @@ def _update_rows(
         old_left_ptr, old_right_ptr = scratch
         rank = field32(at, RANKS)
         old_left_ptrs, left_mask = left_tile(old_left_ptr + field(at, LEFT_SCRATCH), rows, m, rank, RANK)
-        left_ptrs, _ = left_tile(
-            address_of(at, LEFT_STATE, tl.float32, False) + field(at, LEFT), rows, m, rank, RANK
-        )
+        left_ptrs, _ = left_tile(address_of(at, LEFT_STATE, tl.float32, False) + field(at, LEFT), rows, m, rank, RANK)
         old_left = carry * tl.load(old_left_ptrs, mask=left_mask, other=0.0)
         # 1 / (1 - b^t) - gamma / (1 - b), and 0 without a rounding error in the first step
         weight = correction * ((1.0 - gamma) - carry * one_minus_power(log_beta1, step - 1.0))

@@ -315,7 +315,10 @@ def _exchange_kernel(
     SKIP_NONFINITE: tl.constexpr, PRECISION: tl.constexpr, RANK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """New factors into the state, old ones into the scratch. One program owns BLOCK_M rows of L or BLOCK_N columns of R."""
+    """New factors into the state, old ones into the scratch.
+
+    One program owns BLOCK_M rows of L or BLOCK_N columns of R.
+    """
     if scalar_or(found_inf, 0.0) != 0.0:
         return
     block = tl.program_id(0)

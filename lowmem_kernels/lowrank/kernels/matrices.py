@@ -98,7 +98,9 @@ def tile_pointers(
         return pointer + (row_offsets[:, None] + col_offsets[None, :])
     else:
         stride = offset_of(at, ROW_STRIDE + OPERAND, ALIGNED)
-        return pointer + offset_of(at, OFFSET + OPERAND, ALIGNED) + (rows.to(tl.int64)[:, None] * stride + cols[None, :])
+        return (
+            pointer + offset_of(at, OFFSET + OPERAND, ALIGNED) + (rows.to(tl.int64)[:, None] * stride + cols[None, :])
+        )
 
 
 @triton.jit
@@ -121,7 +123,7 @@ def gradient_tile(
     at, rows, cols, shape, gradient, GRAD_TYPE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
-    """(g, usable): the gradient as options.GradTransform says, NaN where it may not be used; 0 outside of the matrix."""
+    """(g, usable): the gradient as options.GradTransform says, NaN where it may not be used; 0 outside of it."""
     pointers = tile_pointers(at, rows, cols, shape, GRAD, GRAD_TYPE, ALIGNED, STRIDED)
     g, usable = transformed(tl.load(pointers, mask=inside(rows, cols, shape), other=0.0), gradient, SKIP_NONFINITE)
     return tl.where(usable, g, float("nan")), usable

@@ -85,8 +85,8 @@ class Choice:
     def build(self, model: nn.Module, lr: float, options: dict[str, Any]) -> Optimizer:
         """The optimizer for the model's parameters, with those of the options that it takes.
 
-        One that has several rules for matrices is told the parameters' roles. Raises ValueError naming the optimizer when
-        its constructor rejects an option.
+        One that has other rules for some matrices is told the parameters' roles. Raises ValueError naming the optimizer
+        when its constructor rejects an option.
         """
         options = {**OPTIONS.get(self.name, {}), **options}
         own = {key: value for key, value in options.items() if self.takes(key)}
