@@ -16,7 +16,7 @@ from lowmem_kernels.testing import bytes_moved, cached_bytes
 from lowmem_kernels.testing.models import Shapes
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.cli import registry
-from lowmem_optim.cli.eager import EagerOptimizer, sinkhorn, whitened
+from lowmem_optim.cli.eager import EagerAdaPM, EagerOptimizer, sinkhorn, whitened
 from lowmem_optim.cli.timing import Step
 
 COPY = "copy"
@@ -104,7 +104,11 @@ MOVED = {
     "CAME": Moved("confidence", "confidence_vector", state=4),
     "SinkGD": Moved("sinkgd", "adamw", state=4, stacks=False),
     "MNGD": Moved("sinkgd", "adamw", state=4, stacks=False),
+    "AdaPM": Moved("lowrank", "adamw", state=4),
+    "AdamMini": Moved("adam_mini", "adam_mini", state=4),
 }
+# parameters have no names here, by which AdaPM would tell what each is: all matrices get what most have
+UNNAMED: dict[str, dict[str, Any]] = {"AdaPM": {"policy": "lowrank"}}
 # SinkGD, unless told otherwise
 SAME_AS_ANOTHER = {"mngd"}
 FACTORED = ("Adafactor", "TorchAdafactor", "AdaLomo")
@@ -140,7 +144,7 @@ def others(contenders: list[Contender]) -> list[Contender]:
 
 
 def _maker(choice: registry.Choice, options: dict[str, Any]) -> Callable[[list[nn.Parameter]], Optimizer]:
-    return lambda params: choice.cls(params, **options)
+    return lambda params: choice.cls(params, **{**UNNAMED.get(choice.name, {}), **options})
 
 
 def _transformers(params: list[nn.Parameter]) -> Optimizer:
@@ -167,7 +171,7 @@ OTHERS = [
     Contender(
         "torch.AdamW(fused)",
         lambda params: torch.optim.AdamW(params, fused=True),
-        ("AdamW",),
+        ("AdamW", "AdaPM", "AdamMini"),
         moved=Moved("adamw", "adamw", state=None),
     ),
     Contender(
@@ -189,6 +193,7 @@ OTHERS = [
     Contender("SinkGD in torch", _eager(sinkhorn), ("SinkGD", "MNGD")),
     Contender("SinkGD in torch(compiled)", _compiled_sinkhorn, ("SinkGD", "MNGD"), compiled=True),
     Contender("SWAN in torch", _eager(whitened), ("SWAN",)),
+    Contender("AdaPM in torch", EagerAdaPM, ("AdaPM",)),
 ]
 
 
