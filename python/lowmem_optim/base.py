@@ -286,7 +286,9 @@ class LowMemOptimizer(Optimizer):
             for options in in_force:
                 self._check(options)
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
-            for (saved_id, options), (_group, place, param, identity) in zip(saved_params, self._parameters(), strict=False):
+            for (saved_id, options), (_group, place, param, identity) in zip(
+                saved_params, self._parameters(), strict=False
+            ):
                 if saved_id in incoming["state"]:
                     expected = self.state_of(torch.empty_like(param, device="meta"), options, place)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)

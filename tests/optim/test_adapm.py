@@ -1,6 +1,7 @@
 """Which block gets which moments and what that costs, slices of parameters, and what AdaPM is at both ends."""
 
 import io
+import sys
 
 import pytest
 import torch
@@ -359,3 +360,33 @@ def test_a_spoiled_slice_keeps_itself():
     assert moved[32:].all()
     assert [optimizer.state[param][key].item() for key in ("step", "step.1", "step.2")] == [3, 2, 3]
     assert optimizer.nonfinite_count() == 1
+
+
+def test_slices_of_gradients_cost_no_call_of_python():
+    """They are views that are made in C, however many there are."""
+    counts = []
+    for layers in (2, 20):
+        named = [(f"h.{i}.attn.qkv.weight", nn.Parameter(values(12, 4, seed=i))) for i in range(layers)]
+        optimizer = AdaPM(named, rank=2)
+        for step in range(2):
+            set_gradients([param for _, param in named], step)
+            optimizer.step()
+        set_gradients([param for _, param in named], 2)
+        counts.append(calls_in(optimizer._buckets))
+    assert counts[0] == counts[1]
+
+
+def calls_in(function):
+    """How many functions are called, Python's and C's, from Python."""
+    calls = 0
+
+    def count(frame, event, argument):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls

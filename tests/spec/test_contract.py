@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from lowmem_kernels import elementwise, factored, multinorm, whitening
+from lowmem_kernels import elementwise, factored, lowrank, multinorm, whitening
 
-FAMILIES = [elementwise, factored, multinorm, whitening]
+FAMILIES = [elementwise, factored, multinorm, whitening, lowrank]
 VERBS = [(family, name) for family in FAMILIES for name in family.__all__ if name.islower()]
 
 
@@ -24,6 +24,7 @@ def test_verbs_are_found():
         *("confidence_update_", "factored_update_"),
         *("rank1_apply_", "sinkhorn_scales", "sinkhorn_update_"),
         *("whiten_", "whitened"),
+        "partial_momentum_update_",
     ]
     assert all(inspect.isfunction(getattr(family, name)) for family, name in VERBS)
 
