@@ -56,12 +56,12 @@ class EagerAdaPM(Optimizer):
         for group in self.param_groups:
             for param in group["params"]:
                 if param.ndim == 2 and param.grad is not None:
-                    self._update(param, group)
+                    self._update(param, param.grad, group)
         if self.others is not None:
             self.others.step()
 
-    def _update(self, param: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), g = self.state[param], group["betas"], param.grad.float()
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), g = self.state[param], group["betas"], grad.float()
         if not state:
             rank = min(group["rank"], *param.shape)
             state["left"] = g.new_zeros(len(g), rank)
