@@ -8,6 +8,7 @@ from triton.compiler import CompiledKernel
 
 from lowmem_kernels.testing import compile_cases
 from lowmem_kernels.testing.aot import TARGETS, CompileCase, KernelReport, compile_case, inspect_kernel
+from lowmem_kernels.testing.lowrank_specializations import problem_cases
 from lowmem_kernels.testing.multinorm_specializations import whole_case
 from lowmem_kernels.testing.projection_specializations import draw_case
 from lowmem_kernels.testing.whitening_specializations import advance_case
@@ -15,7 +16,13 @@ from lowmem_kernels.testing.whitening_specializations import advance_case
 _CASES = {
     (target, case.name): case
     for target, gpu in TARGETS.items()
-    for case in (*compile_cases(gpu.warp_size), whole_case(gpu.warp_size), advance_case(), draw_case())
+    for case in (
+        *compile_cases(gpu.warp_size),
+        whole_case(gpu.warp_size),
+        advance_case(),
+        draw_case(),
+        *problem_cases(gpu.warp_size),
+    )
 }
 
 

@@ -145,6 +145,10 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
     "one_sided" once, where lines are what lies in one piece; "table" (five pairs and a row, a threshold and a momentum)
     reads g and m seven times; "held" is any of them for a matrix that one program holds, and reads each once.
 
+    Partial momentum, factors and sums not included: "lowrank" reads g three times and v once, "lowrank_rows" has no v
+    of the matrix's size, "lowrank_rms" reads g and v once more for the clip; "no_momentum" reads g and v once;
+    "adam_mini" reads g twice, where v is of single rows the second time from a cache, and m once.
+
     "apollo" reads g twice, of ranks up to 256; moments and what is projected are not included.
 
     Of vectors, whose V is kept in full: "factored_vector" and "confidence_vector" read g and V twice.
@@ -164,6 +168,11 @@ def bytes_moved(rule: str, numel: int, param_itemsize: int, state_itemsize: int 
         "table": (8 * e + 7 * s, e + s),
         "apollo": (3 * e, e),
         "held": (2 * e + s, e + s),
+        "lowrank": (4 * e + 4, e + 4),
+        "lowrank_rows": (4 * e, e),
+        "lowrank_rms": (5 * e + 8, e + 4),
+        "no_momentum": (2 * e + 4, e + 4),
+        "adam_mini": (3 * e + s, e + s),
         "factored_vector": (3 * e + s + 8, e + s + 4),
         "confidence_vector": (3 * e + 2 * s + 8, e + s + 4),
     }
@@ -188,5 +197,5 @@ def cached_bytes(rule: str, numel: int, param_itemsize: int) -> int:
 
     They are the second sweep over a block of rows of g, which no larger part of g comes between.
     """
-    swept_twice = ("factored", "factored_scaled", "factored_floor", "confidence")
+    swept_twice = ("factored", "factored_scaled", "factored_floor", "confidence", "adam_mini")
     return param_itemsize * numel if rule in swept_twice else 0

@@ -13,6 +13,7 @@ from ..elementwise.launch import STATS_PROGRAMS, plan_elementwise
 from ..table import Layout
 from .aot import CompileCase
 from .factored_specializations import factored_cases
+from .lowrank_specializations import lowrank_cases
 from .multinorm_specializations import multinorm_cases
 from .projection_specializations import projection_cases
 from .whitening_specializations import whitening_cases
@@ -38,6 +39,7 @@ def compile_cases(warp_size: int = 32) -> list[CompileCase]:
         *multinorm_cases(warp_size),
         *projection_cases(warp_size),
         *whitening_cases(warp_size),
+        *lowrank_cases(warp_size),
     ]
 
 

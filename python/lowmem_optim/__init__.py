@@ -5,7 +5,9 @@ They are ordinary torch.optim optimizers, with groups, schedulers, closures, Gra
 
 from .adafactor import Adafactor
 from .adalomo import AdaLomo
+from .adammini import AdamMini
 from .adamw import AdamW
+from .adapm import AdaPM
 from .apollo import APOLLO, APOLLOMini
 from .came import CAME
 from .fused_backward import fuse_backward
@@ -24,7 +26,9 @@ __all__ = [
     "SWAN",
     "APOLLOMini",
     "AdaLomo",
+    "AdaPM",
     "Adafactor",
+    "AdamMini",
     "AdamW",
     "Lomo",
     "SinkGD",

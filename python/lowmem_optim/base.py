@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from operator import is_
 from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
@@ -14,7 +14,7 @@ from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
-from .buckets import OWN_RULE, Bucket
+from .buckets import OWN_RULE, Bucket, Part
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 from .clipping import on_device, stats_of_all, with_stats
@@ -97,6 +97,14 @@ class LowMemOptimizer(Optimizer):
     def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Return which of the optimizer's rules, if it has several, updates a parameter; those of a bucket have one."""
         return OWN_RULE
+
+    def parts_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> Sequence[Part]:
+        """Return what is updated by itself of the parameter at a place of its group: all of it, unless a subclass."""
+        return (Part(self.rule_of(param, group)),)
+
+    def state_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> dict[str, Tensor]:
+        """Return `new_state` of the parameter at a place of its group, for a subclass whose parameters differ."""
+        return self.new_state(param, group)
 
     def complete_group(self, group: dict[str, Any]) -> None:
         """Add to a new group what an optimizer keeps there besides options."""
@@ -185,7 +193,7 @@ class LowMemOptimizer(Optimizer):
             objects = [*params, *self.param_groups, *states()]
             known = Known(objects, facts, buckets, places)
         for bucket, where in zip(known.buckets, known.places, strict=True):
-            bucket.grads = Gradients([grads[i] for i in where])  # type: ignore[misc]
+            bucket.take([grads[i] for i in where])  # type: ignore[misc]
             bucket.notice()
         return known
 
@@ -197,22 +205,22 @@ class LowMemOptimizer(Optimizer):
         for position, (member, grad) in enumerate(zip(all_members, grads, strict=True)):
             if grad is not None:
                 group, param = member.group, member.param
-                rule = self.rule_of(param, group)
-                kind = (id(group), rule, param.device, param.dtype, grad.dtype, grad.layout)
-                if kind not in checked:
-                    self._check_gradient(group, param, grad, member.identity)
-                    checked.add(kind)
-                found.append((kind, rule, member, position))
-        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], str, Tensor, dict[str, Any], int]]] = {}
-        for kind, rule, member, position in found:
+                for part in self.parts_of(param, group, member.place):
+                    kind = (id(group), part.rule, param.device, param.dtype, grad.dtype, grad.layout)
+                    if kind not in checked:
+                        self._check_gradient(group, param, grad, member.identity)
+                        checked.add(kind)
+                    found.append((kind, part, member, position))
+        members: dict[tuple[Any, ...], list[tuple[dict[str, Any], Tensor, dict[str, Any], Part, int]]] = {}
+        for kind, part, member, position in found:
             state = self.state[member.param] or self.make_state(member)
             # a loaded checkpoint may have state of another dtype than a new parameter's
-            one = (member.group, rule, member.param, state, position)
+            one = (member.group, member.param, state, part, position)
             members.setdefault((kind, *_narrow_parts(state)), []).append(one)
         buckets, places = [], []
         for each in members.values():
-            groups, rules, params, states, where = zip(*each, strict=True)
-            buckets.append(Bucket(groups[0], rules[0], params, states))
+            groups, params, states, parts, where = zip(*each, strict=True)
+            buckets.append(Bucket(groups[0], params, states, parts))
             places.append(list(where))
         return buckets, places
 
@@ -313,7 +321,7 @@ class LowMemOptimizer(Optimizer):
         state: dict[str, Any] = self.state[member.param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=member.param.device)
         state["uid"] = uid_of(member.identity)
-        state.update(self.new_state(member.param, member.group))
+        state.update(self.state_of(member.param, member.group, member.place))
         return state
 
     # checkpoints
@@ -340,14 +348,17 @@ class LowMemOptimizer(Optimizer):
             """Runs after the user's pre-hooks: convert all states, and leave torch none to cast."""
             saved_groups = [dict(self.foreign.options(group, self.defaults)) for group in incoming["param_groups"]]
             # the options that will be in force, which also say what state there is
-            in_force = [{**self.defaults, **saved} for saved in saved_groups]
+            in_force = [
+                {**group, **self.defaults, **saved}
+                for group, saved in zip(self.param_groups, saved_groups, strict=False)
+            ]
             for options in in_force:
                 self._check(options)
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
             for (saved_id, options), member in zip(saved_params, self.members(), strict=False):
                 if saved_id in incoming["state"]:
                     param = member.param
-                    expected = self.new_state(torch.empty_like(param, device="meta"), options)
+                    expected = self.state_of(torch.empty_like(param, device="meta"), options, member.place)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
                     states[param] = converted_state(saved, expected, param, member.identity)
             return {**incoming, "param_groups": saved_groups, "state": {}}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from itertools import chain
 from operator import is_
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,22 +20,50 @@ T = TypeVar("T")
 OWN_RULE = "own"
 
 
-class Bucket:
-    """Parameters of one group that share rule, device and dtypes, each with its state, and its gradient during a step.
+class Part(NamedTuple):
+    """What of a parameter is updated by itself: by which rule, and with which of its state.
 
-    Made once and kept from step to step, so that verbs find the same `Tensors`.
+    Attributes:
+        rule: as of `LowMemOptimizer.rule_of`.
+        number: of the part; the keys of its state end in ".1", ".2", ... and those of part 0 in nothing.
+        where: (dimension, start, length), or None for all of the parameter.
+    """
+
+    rule: str = OWN_RULE
+    number: int = 0
+    where: tuple[int, int, int] | None = None
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """Return the part of a tensor of the parameter's shape, as a view."""
+        return tensor if self.where is None else tensor.narrow(*self.where)
+
+    def key(self, name: str) -> str:
+        """Return the key of this part's state."""
+        return f"{name}.{self.number}" if self.number else name
+
+
+class Bucket:
+    """Parts of parameters of one group that share rule, device and dtypes, with their states and, in a step, gradients.
+
+    Nearly always a part is the whole parameter. Made once and kept from step to step, so that verbs find the same
+    `Tensors`.
     """
 
     def __init__(
-        self, group: dict[str, Any], rule: str, params: Iterable[Tensor], states: Iterable[dict[str, Any]]
+        self, group: dict[str, Any], params: Iterable[Tensor], states: Iterable[dict[str, Any]], parts: Iterable[Part]
     ) -> None:
         self.group = group
-        self.rule = rule
-        self.params = Tensors(params)
+        self.parts = list(parts)
+        self.rule = self.parts[0].rule
+        self.params = Tensors([part.of(param) for part, param in zip(self.parts, params, strict=True)])
         self.states = list(states)
+        narrowed = [(i, part.where) for i, part in enumerate(self.parts) if part.where is not None]
+        self._narrowed = [i for i, _ in narrowed]
+        self._wheres = [*zip(*(where for _, where in narrowed), strict=True)]
         self.grads = Gradients()
         self.transform = GradTransform()
-        self.uids = tuple([state["uid"] for state in self.states])
+        # uids of parameters have 56 bits
+        self.uids = tuple([s["uid"] + (part.number << 56) for s, part in zip(self.states, self.parts, strict=True)])
         self._values: list[Any] = []
         self._tensors: list[Tensor] = []
         self._addresses: list[int] = []
@@ -46,6 +74,14 @@ class Bucket:
     def device(self) -> torch.device:
         """The device of all tensors in the bucket."""
         return self.params[0].device
+
+    def take(self, grads: list[Tensor]) -> None:
+        """Take the gradients of the parameters, of which a part of one is a view."""
+        if self._narrowed:
+            views = map(torch.narrow, [grads[i] for i in self._narrowed], *self._wheres)
+            for i, view in zip(self._narrowed, views, strict=True):
+                grads[i] = view
+        self.grads = Gradients(grads)
 
     def notice(self) -> None:
         """Forget the lists of state if any of it is new or has other memory: anyone may write to it, or to `.data`."""
@@ -61,7 +97,12 @@ class Bucket:
     def state(self, key: str, otherwise: str = "") -> Tensors:
         """Of each state the tensor of this name, or where it has none of the other name, or None."""
         if key not in self._lists:
-            self._lists[key] = Tensors([state.get(key, state.get(otherwise)) for state in self.states])
+            self._lists[key] = Tensors(
+                [
+                    state.get(part.key(key), state.get(part.key(otherwise)))
+                    for state, part in zip(self.states, self.parts, strict=True)
+                ]
+            )
         return self._lists[key]
 
     def kept(self, what: str, make: Callable[[Tensors], T]) -> T:

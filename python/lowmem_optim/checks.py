@@ -23,7 +23,7 @@ class CommonOptions(TypedDict, total=False):
     maximize: follow the gradient instead of its negative.
     capturable: keep lr in a tensor on the device, so that a captured CUDA graph sees it change.
     skip_nonfinite: what a NaN or Inf in a gradient stops. "tensor": the update of the tensor it is in, or only of the
-        element for rules that need no sum over the tensor. "step": the whole step, at the price of one more read of
+        element or row for rules that need no sum over more. "step": the whole step, at the price of one more read of
         all gradients. False: nothing.
     backend: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
     """

@@ -110,7 +110,7 @@ def test_launches_do_not_grow_with_the_number_of_parameters(case, monkeypatch):
         optimizer.step()
         counts.append(len(launches))
     assert counts[0] == counts[1]
-    assert 1 <= counts[0] <= 5
+    assert 1 <= counts[0] <= 8
 
 
 def set_contiguous_gradients(params):

@@ -66,6 +66,7 @@ class OptimizerCase:
     refuses_float16: with these options, float16 parameters are a TypeError.
     elementwise: where parameters are not coupled, a bad gradient element stops its own update only, not the tensor's.
     fallback_elementwise: the same for parameters that are no matrices, where those get another rule; None: they do not.
+    rowwise: a bad element of a matrix stops the update of its row.
     centres_rows: rows of a matrix's update have mean zero.
     draws: updates depend on random numbers, and so on the seed, whatever the rounding.
     decay: (parameter, lr) -> what weight_decay is multiplied by.
@@ -84,6 +85,7 @@ class OptimizerCase:
     refuses_float16: bool = False
     elementwise: bool = True
     fallback_elementwise: bool | None = None
+    rowwise: bool = False
     centres_rows: bool = False
     draws: bool = False
     decay: Callable[[np.ndarray, float], float] = lambda param, lr: lr

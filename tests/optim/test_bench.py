@@ -211,6 +211,8 @@ def test_arithmetic_of_a_row():
         ("TorchAdafactor", 8, 16, 20),
         ("AdaLomo", 8, 16, 20),
         ("CAME", 20, 28, 32),
+        ("AdaPM", 18, 28, 22),
+        ("AdamMini", 14, 20, 14),
     ],
 )
 def test_least_bytes_are_those_of_the_readme(name, bf16, fp32, vector):

@@ -40,12 +40,13 @@ def run(case, dtype, skip_nonfinite):
     return params, optimizer
 
 
-def untouched(before, after_clean_step, elementwise):
+def untouched(before, after_clean_step, case):
     """What a tensor has to be after the spoiled step: the clean result, and the old value where it was spoiled."""
-    if not elementwise:
+    if not case.elementwise and not case.rowwise:
         return before
+    where = INDEX[0] if case.rowwise else INDEX
     expected = after_clean_step.clone()
-    expected[INDEX] = before[INDEX]
+    expected[where] = before[where]
     return expected
 
 
@@ -53,21 +54,21 @@ def untouched(before, after_clean_step, elementwise):
 @both_dtypes
 @uncoupled_cases
 def test_tensor_keeps_what_a_bad_element_would_reach(case, dtype, bad):
-    """Other parameters and, for elementwise rules, other elements get the bits of a run without it."""
+    """Other parameters and, for elementwise rules, other elements (or rows) get the bits of a run without it."""
     params, optimizer = run(case, dtype, "tensor")
     clean, other = run(case, dtype, "tensor")
     before, state_before = copies(params), states_of(optimizer, params)
     spoiled_step(optimizer, params, bad)
     take_steps(other, clean, 1, first=2)
     expected = copies(clean)
-    expected[MATRIX] = untouched(before[MATRIX], expected[MATRIX], case.elementwise)
+    expected[MATRIX] = untouched(before[MATRIX], expected[MATRIX], case)
     assert_same_bits(params, expected)
     states = states_of(other, clean)
     for key in case.state_keys(params[MATRIX]):
         values = state_before[MATRIX][key], states[MATRIX][key]
-        if values[0].shape == params[MATRIX].shape:
-            states[MATRIX][key] = untouched(*values, case.elementwise)
-    if not case.elementwise:
+        if values[0].shape == params[MATRIX].shape or case.rowwise:
+            states[MATRIX][key] = untouched(*values, case)
+    if not case.elementwise and not case.rowwise:
         states[MATRIX] = state_before[MATRIX]
     assert_same_states(states_of(optimizer, params), states)
     assert optimizer.nonfinite_count() == 1
@@ -76,14 +77,15 @@ def test_tensor_keeps_what_a_bad_element_would_reach(case, dtype, bad):
 @both_dtypes
 @uncoupled_cases
 def test_tensor_counts_what_it_keeps_in_every_step(case, dtype):
-    """Elements, or tensors where one element stops the tensor."""
+    """Elements, rows where one element stops its row, or tensors where it stops the tensor."""
     params, optimizer = run(case, dtype, "tensor")
     for step in range(3):
         set_gradients(params, step)
         params[0].grad[step : step + 2] = float("inf")
         params[1].grad = torch.full_like(params[1], float("nan"))
         optimizer.step()
-    in_a_step = [2 if case.keeps_elements(params[0]) else 1, params[1].numel() if case.elementwise else 1]
+    of_matrix = params[1].numel() if case.elementwise else len(params[1]) if case.rowwise else 1
+    in_a_step = [2 if case.keeps_elements(params[0]) else 1, of_matrix]
     assert optimizer.nonfinite_count() == 3 * sum(in_a_step)
     assert all(p.isfinite().all() for p in params)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from lowmem_kernels.testing.fake_driver import fake_driver
-from lowmem_optim import CAME, SWAN, Adafactor, AdaLomo, AdamW, Lomo, SinkGD, TorchAdafactor
+from lowmem_optim import CAME, SWAN, Adafactor, AdaLomo, AdamMini, AdamW, AdaPM, Lomo, SinkGD, TorchAdafactor
 
 OPTIMIZERS = {
     "AdamW": lambda p, **o: AdamW(p, lr=1e-2, **o),
@@ -19,9 +19,12 @@ OPTIMIZERS = {
     "CAME": lambda p, **o: CAME(p, lr=1e-2, **o),
     "SinkGD": lambda p, **o: SinkGD(p, lr=1e-2, scale=0.5, **o),
     "SWAN": lambda p, **o: SWAN(p, lr=1e-2, scale=0.5, **o),
+    "AdaPM": lambda p, **o: AdaPM(p, lr=1e-2, rank=2, policy="lowrank", **o),
+    "AdamMini": lambda p, **o: AdamMini(p, lr=1e-2, **o),
 }
-#: those with a rule for matrices and another for vectors
+#: those whose matrices have no state, and those with a rule for matrices and another for vectors
 ROUTED = (OPTIMIZERS["SinkGD"], OPTIMIZERS["SWAN"])
+WITH_TWO_RULES = (*ROUTED, OPTIMIZERS["AdaPM"])
 every_optimizer = pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
 
 
@@ -151,7 +154,7 @@ def test_a_gradient_that_was_given_another_shape_is_refused(make):
     with pytest.raises(ValueError, match=r"grads\[\d\] has shape \(2, 72\); allowed: \(3, 72\)"):
         optimizer.step()
     # where there is another rule for vectors, those have been updated before
-    matrices_only = make in ROUTED
+    matrices_only = make in WITH_TWO_RULES
     assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True) if a.ndim == 2 or not matrices_only)
 
 
@@ -194,9 +197,10 @@ def calls_in(function):
 def test_python_calls_nothing_for_each_parameter(make):
     """What has to be looked up of each is, in loops in C; also where gradients are in new places. And one launch.
 
-    For each rule, that is: SinkGD has one for matrices and one for vectors; SWAN has four and products for matrices.
+    For each rule, that is: SinkGD has one for matrices and one for vectors; SWAN has four and products for matrices,
+    AdaPM six.
     """
-    launches_of_a_step = {OPTIMIZERS["SinkGD"]: 2, OPTIMIZERS["SWAN"]: 5}.get(make, 1)
+    launches_of_a_step = {OPTIMIZERS["SinkGD"]: 2, OPTIMIZERS["SWAN"]: 5, OPTIMIZERS["AdaPM"]: 7}.get(make, 1)
     counts = {}
     with fake_driver() as gpu:
         for count in (6, 60, 291):

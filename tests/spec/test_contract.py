@@ -5,9 +5,9 @@ import inspect
 
 import pytest
 
-from lowmem_kernels import elementwise, factored, multinorm, projection, whitening
+from lowmem_kernels import elementwise, factored, lowrank, multinorm, projection, whitening
 
-FAMILIES = [elementwise, factored, multinorm, projection, whitening]
+FAMILIES = [elementwise, factored, multinorm, projection, whitening, lowrank]
 VERBS = [(family, name) for family in FAMILIES for name in family.__all__ if name.islower()]
 
 
@@ -25,6 +25,7 @@ def test_verbs_are_found():
         *("rank1_apply_", "sinkhorn_scales", "sinkhorn_update_"),
         *("apollo_update_", "channel_apply_", "project", "projection_matrix"),
         *("whiten_", "whitened"),
+        "partial_momentum_update_",
     ]
     assert all(inspect.isfunction(getattr(family, name)) for family, name in VERBS)
 

@@ -16,7 +16,7 @@ from lowmem_kernels.testing import bytes_moved, cached_bytes, moment_bytes
 from lowmem_kernels.testing.models import Shapes
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.cli import registry
-from lowmem_optim.cli.eager import EagerApollo, EagerOptimizer, sinkhorn, whitened
+from lowmem_optim.cli.eager import EagerAdaPM, EagerApollo, EagerOptimizer, sinkhorn, whitened
 from lowmem_optim.cli.timing import Step
 
 COPY = "copy"
@@ -110,7 +110,11 @@ MOVED = {
     "MNGD": Moved("sinkgd", "adamw", state=4, stacks=False),
     "APOLLO": Moved("apollo", "adamw", state=4, stacks=False, rank=256),
     "APOLLOMini": Moved("apollo", "adamw", state=4, stacks=False, rank=1),
+    "AdaPM": Moved("lowrank", "adamw", state=4),
+    "AdamMini": Moved("adam_mini", "adam_mini", state=4),
 }
+# parameters have no names here, by which AdaPM would tell what each is: all matrices get what most have
+UNNAMED: dict[str, dict[str, Any]] = {"AdaPM": {"policy": "lowrank"}}
 # SinkGD, unless told otherwise
 SAME_AS_ANOTHER = {"mngd"}
 PROJECTED = ("APOLLO", "APOLLOMini")
@@ -147,7 +151,7 @@ def others(contenders: list[Contender]) -> list[Contender]:
 
 
 def _maker(choice: registry.Choice, options: dict[str, Any]) -> Callable[[list[nn.Parameter]], Optimizer]:
-    return lambda params: choice.cls(params, **options)
+    return lambda params: choice.cls(params, **{**UNNAMED.get(choice.name, {}), **options})
 
 
 def _transformers(params: list[nn.Parameter]) -> Optimizer:
@@ -187,7 +191,7 @@ OTHERS = [
     Contender(
         "torch.AdamW(fused)",
         lambda params: torch.optim.AdamW(params, fused=True),
-        ("AdamW", *PROJECTED),
+        ("AdamW", "AdaPM", "AdamMini", *PROJECTED),
         moved=Moved("adamw", "adamw", state=None),
     ),
     Contender(
@@ -212,6 +216,7 @@ OTHERS = [
     Contender("APOLLO in torch", EagerApollo, ("APOLLO",)),
     Contender("APOLLO-Mini in torch", lambda params: EagerApollo(params, 1, "tensor", 128.0), ("APOLLOMini",)),
     Contender("galore_torch.GaLoreAdamW", _galore, ("APOLLO",), package="galore_torch"),
+    Contender("AdaPM in torch", EagerAdaPM, ("AdaPM",)),
 ]
 
 

@@ -1,4 +1,4 @@
-"""Rules for matrices as one would write them from their papers: what `lowmem bench` compares ours with.
+"""Rules as one would write them from their papers: what `lowmem bench` compares ours with.
 
 Matrices only, one after the other, in the gradient's dtype where ports keep it there; others get torch's AdamW.
 """
@@ -40,6 +40,43 @@ class EagerOptimizer(Optimizer):
                     param.sub_(self.normalize(param.grad), alpha=group["lr"] * group["scale"])
         if self.others is not None:
             self.others.step()
+
+
+class EagerAdaPM(Optimizer):
+    """AdaPM with a low-rank momentum for matrices: A, the momentum and the residual are made; AdamW for all else."""
+
+    def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, rank: int = 16) -> None:
+        super().__init__(params, {"lr": lr, "rank": rank, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1})
+        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
+        self.others = torch.optim.AdamW(others, lr=lr, fused=True) if others else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters once."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim == 2 and param.grad is not None:
+                    self._update(param, param.grad, group)
+        if self.others is not None:
+            self.others.step()
+
+    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+        state, (beta1, beta2), g = self.state[param], group["betas"], grad.float()
+        if not state:
+            rank = min(group["rank"], *param.shape)
+            state["left"] = g.new_zeros(len(g), rank)
+            state["right"] = torch.linalg.qr(torch.randn_like(g[:rank]).T)[0].T
+            state["exp_avg_sq"], state["step"] = torch.zeros_like(g), 0
+        state["step"] += 1
+        a = (beta1 * state["left"] @ state["right"]).add_(g, alpha=1 - beta1)
+        q = torch.linalg.qr(a @ state["right"].T)[0]
+        right, scale = torch.linalg.qr((q.T @ a).T)
+        state["left"], state["right"] = q @ scale.T, right.T
+        momentum = state["left"] @ state["right"]
+        update = momentum / (1 - beta1 ** state["step"]) + (a - momentum) / (1 - beta1)
+        v = state["exp_avg_sq"].mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        update /= (v / (1 - beta2 ** state["step"])).sqrt_().add_(group["eps"])
+        param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update.clamp_(-3, 3), alpha=group["lr"])
 
 
 def sinkhorn(grad: Tensor, iterations: int = 5) -> Tensor:

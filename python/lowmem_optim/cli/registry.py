@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 
 import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
+from lowmem_optim.partial import PartialMomentum
 from lowmem_optim.roles import split_params
 from lowmem_optim.routed import RoutedOptimizer
 
@@ -23,6 +24,8 @@ from lowmem_optim.routed import RoutedOptimizer
 #   Adafactor without scale_parameter: 1e-3 1.788, 2e-3 1.784, 4e-3 1.833; with it the rule is AdaLomo's: 0.05 1.666
 #   SinkGD: 0.02 1.799, 0.04 1.782, 0.08 1.965; with iterations=1 0.04 1.773, 0.08 1.833
 #   SWAN: 0.02 1.742, 0.04 1.568, 0.08 1.508
+#   AdaPM: 2e-3 1.670, 4e-3 1.657 (rank 4); rank 16 at 4e-3 1.678, with v of rows 1.781; betas (0.9, 0.95), decay 0.1
+#   AdamMini: 2e-3 1.880, the same betas and decay
 #   MNGD with norms=("row",), iterations=1: 0.04 1.802; as it comes it is SinkGD
 # Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME.
 LEARNING_RATES = {
@@ -35,6 +38,8 @@ LEARNING_RATES = {
     "torch.Adafactor": 0.05,
     "SinkGD": 0.04,
     "SWAN": 0.08,
+    "AdaPM": 4e-3,
+    "AdamMini": 2e-3,
     "MNGD": 0.04,
 }
 
@@ -93,12 +98,13 @@ class Choice:
     def build(self, model: nn.Module, lr: float, options: dict[str, Any]) -> Optimizer:
         """The optimizer for the model's parameters, with those of the options that it takes.
 
-        One that has a rule for matrices only is told the parameters' roles. Raises ValueError naming the optimizer when
-        its constructor rejects an option.
+        One that has other rules for some matrices is told the parameters' roles. Raises ValueError naming the optimizer
+        when its constructor rejects an option.
         """
         options = {**OPTIONS.get(self.name, {}), **options}
         own = {key: value for key, value in options.items() if self.takes(key)}
-        params = split_params(model) if issubclass(self.cls, RoutedOptimizer) else model.named_parameters()
+        roles = issubclass(self.cls, (RoutedOptimizer, PartialMomentum))
+        params = split_params(model) if roles else model.named_parameters()
         try:
             return self.cls(params, lr=lr, **own)  # type: ignore[call-arg]
         except (TypeError, ValueError, RuntimeError) as error:
