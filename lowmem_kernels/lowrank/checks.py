@@ -78,6 +78,8 @@ def matrix_shape(shape: Sequence[int], by_matrix: bool) -> tuple[int, int, int]:
 def _check_states(params: TensorList, form: Form, states: dict[str, TensorList | None]) -> None:
     fp32 = (torch.float32,)
     device = params[0].device
+    for name, tensors in states.items():
+        _check_length(name, tensors, len(params))
     for name in ("exp_avgs", "exp_avg_sqs"):
         tensors = states[name]
         if tensors is not None:
@@ -89,16 +91,14 @@ def _check_states(params: TensorList, form: Form, states: dict[str, TensorList |
     lefts, rights = states["lefts"], states["rights"]
     if lefts is not None and rights is not None:
         ranks = [right.shape[-2] if right.ndim >= 2 else 0 for right in rights]
-        for i, (param, rank) in enumerate(zip(params, ranks, strict=False)):
+        for i, (param, rank) in enumerate(zip(params, ranks, strict=True)):
             if not 0 <= rank <= min(*param.shape[-2:], MAX_RANK):
                 raise ValueError(
                     f"rights[{i}] has rank {rank}; allowed: at most {MAX_RANK}, and the sides of {tuple(param.shape)}"
                 )
         shapes = [p.shape for p in params]
-        check_list(
-            "lefts", lefts, [torch.Size((*s[:-1], r)) for s, r in zip(shapes, ranks, strict=False)], device, fp32
-        )
-        right_shapes = [torch.Size((*s[:-2], r, s[-1])) for s, r in zip(shapes, ranks, strict=False)]
+        check_list("lefts", lefts, [torch.Size((*s[:-1], r)) for s, r in zip(shapes, ranks, strict=True)], device, fp32)
+        right_shapes = [torch.Size((*s[:-2], r, s[-1])) for s, r in zip(shapes, ranks, strict=True)]
         check_list("rights", rights, right_shapes, device, fp32)
     for name, last in (("row_sqs", False), ("col_sqs", True)):
         tensors = states[name]
@@ -107,6 +107,17 @@ def _check_states(params: TensorList, form: Form, states: dict[str, TensorList |
         check_list(name, tensors, [t.shape for t in tensors], device, fp32)
         for i, (param, tensor) in enumerate(zip(params, tensors, strict=True)):
             _check_groups(f"{name}[{i}]", tensor.numel(), param, form, last)
+
+
+def _check_length(name: str, tensors: TensorList | None, count: int) -> None:
+    """Raise unless a list has an entry for each parameter, and none of them is None."""
+    if tensors is None:
+        return
+    if len(tensors) != count:
+        raise ValueError(f"{name} has {len(tensors)} entries; allowed: {count}, one for each parameter")
+    for i, tensor in enumerate(tensors):
+        if tensor is None:
+            raise ValueError(f"{name}[{i}] is None; allowed: a tensor, or None for the list")
 
 
 def _check_groups(name: str, groups: int, param: Tensor, form: Form, cols: bool) -> None:

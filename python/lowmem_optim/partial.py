@@ -71,10 +71,11 @@ class PartialMomentum(LowMemOptimizer):
             self.complete_group(group)
 
     def parts_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> Sequence[Part]:
-        return [
-            Part(f"{self._momentum(block, param, group)} {block.second}", number, block.where)
-            for number, block in enumerate(_blocks(group, place))
-        ]
+        parts = []
+        for number, block in enumerate(_blocks(group, place)):
+            part = Part(number=number, where=block.where)
+            parts.append(part._replace(rule=f"{self._momentum(block, part.of(param), group)} {block.second}"))
+        return parts
 
     def state_of(self, param: Tensor, group: Mapping[str, Any], place: int) -> dict[str, Tensor]:
         state: dict[str, Tensor] = {}
@@ -85,24 +86,23 @@ class PartialMomentum(LowMemOptimizer):
             state.update({part.key(key): value for key, value in own.items()})
         return state
 
-    def _momentum(self, block: Block, param: Tensor, group: Mapping[str, Any]) -> str:
+    def _momentum(self, block: Block, part: Tensor, group: Mapping[str, Any]) -> str:
         # a momentum of rank 0 is none
-        return "none" if block.momentum == "lowrank" and self._rank(block, param, group) == 0 else block.momentum
+        return "none" if block.momentum == "lowrank" and self._rank(part, group) == 0 else block.momentum
 
-    def _rank(self, block: Block, param: Tensor, group: Mapping[str, Any]) -> int:
-        shape = Part(where=block.where).of(param).shape
-        return min(self.rank_of(group), *shape[-2:]) if prod(shape) else 0
+    def _rank(self, part: Tensor, group: Mapping[str, Any]) -> int:
+        return min(self.rank_of(group), *part.shape[-2:]) if part.numel() else 0
 
     def _state(self, part: Tensor, block: Block, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """The moments of a block, before its first update."""
         shape = tuple(part.shape)
         shapes: dict[str, tuple[int, ...]] = {}
         state = {}
-        momentum = self._momentum(block._replace(where=None), part, group)
+        momentum = self._momentum(block, part, group)
         if momentum == "full":
             shapes["exp_avg"] = shape
         elif momentum == "lowrank":
-            rank = self._rank(block._replace(where=None), part, group)
+            rank = self._rank(part, group)
             shapes["exp_avg_left"] = (*shape[:-1], rank)
             rows = _starting_rows(rank, shape[-1]) if part.device.type != "meta" else None
             state["exp_avg_right"] = torch.empty(
@@ -165,7 +165,7 @@ class PartialMomentum(LowMemOptimizer):
                     sizes[key not in _MOMENTUM] += value.numel() * value.element_size()
                 momentum, second = part.rule.split()
                 if momentum == "lowrank":
-                    momentum = f"rank {self._rank(block, meta, group)}"
+                    momentum = f"rank {self._rank(view, group)}"
                 name = f"{identity}{_sliced(block, param)}"
                 shape = " x ".join(map(str, view.shape)) or "scalar"
                 lines.append((name, shape, momentum, _described(second, block), *map(str, sizes)))

@@ -260,6 +260,8 @@ def lists(momentum="lowrank", second="element", shape=(6, 8)):
         ({"exp_avg_sqs": [torch.zeros(8, 6)]}, r"exp_avg_sqs\[0\] has shape \(8, 6\); allowed: \(6, 8\)"),
         ({"lefts": [torch.zeros(6, 4)]}, r"lefts\[0\] has shape \(6, 4\); allowed: \(6, 3\)"),
         ({"rights": [torch.zeros(7, 8)]}, r"rights\[0\] has rank 7; allowed: at most 64"),
+        ({"exp_avg_sqs": []}, "exp_avg_sqs has 0 entries; allowed: 1, one for each parameter"),
+        ({"rights": [None]}, r"rights\[0\] is None; allowed: a tensor"),
         ({"exp_avg_sqs": None, "row_sqs": [torch.zeros(4)]}, r"row_sqs\[0\] has 4 elements for 6 rows"),
         ({"exp_avg_sqs": None, "col_sqs": [torch.zeros(3)]}, r"col_sqs\[0\] has 3 elements for 8 columns"),
         (

@@ -27,10 +27,10 @@ from .matrices import (
     LEFT_SCRATCH,
     LEFT_STATE,
     NUMEL,
+    OF_PARAM,
     OWNER,
     OWNER_TILE,
     OWNER_TILES,
-    PARAM,
     RANKS,
     RIGHT,
     RIGHT_SCRATCH,
@@ -226,7 +226,7 @@ def _update_rows(
             if clip_element is not None:
                 update = tl.minimum(update, clip_element, propagate_nan=tl.PropagateNan.ALL)
                 update = tl.maximum(update, -clip_element, propagate_nan=tl.PropagateNan.ALL)
-            p_ptrs = tile_pointers(at, rows, cols, shape, PARAM, PARAM_TYPE, ALIGNED, STRIDED)
+            p_ptrs = tile_pointers(at, rows, cols, shape, OF_PARAM, PARAM_TYPE, ALIGNED, STRIDED)
             p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
             new_p = p - (rate * factor * update + decay * p)
             # the mask must stay free of data, or stores fall apart into elements: what is skipped is written back

@@ -16,7 +16,7 @@ FIELD_COUNT, COLUMN_COUNT = tl.constexpr(len(_FIELDS)), tl.constexpr(len(_COLUMN
     OFFSET, _, ROW_STRIDE, _, ROW_OFFSETS, _, COL_OFFSETS, _, RANKS, LEFT, RIGHT, LEFT_SCRATCH, RIGHT_SCRATCH,
     ROW_GROUP, ROW_ENTRY, COL_GROUP, COL_ENTRY,
 ) = [tl.constexpr(i) for i in range(len(_FIELDS))]  # fmt: skip
-PARAM, GRAD, STEP, EXP_AVG, LEFT_STATE, RIGHT_STATE, EXP_AVG_SQ, ROW_SQ, COL_SQ = [
+OF_PARAM, OF_GRAD, STEP, EXP_AVG, LEFT_STATE, RIGHT_STATE, EXP_AVG_SQ, ROW_SQ, COL_SQ = [
     tl.constexpr(i) for i in range(len(_COLUMNS))
 ]
 
@@ -86,7 +86,7 @@ def address_of(at, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.conste
 def tile_pointers(
     at, rows, cols, shape, OPERAND: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr
 ):
-    """Pointers to a tile of the parameter (OPERAND 0) or of the gradient (1)."""
+    """Pointers to a tile of the parameter (OF_PARAM) or of the gradient (OF_GRAD)."""
     m, n = shape
     pointer = address_of(at, OPERAND, DTYPE, ALIGNED)
     if STRIDED:
@@ -124,7 +124,7 @@ def gradient_tile(
     SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
     """(g, usable): the gradient as options.GradTransform says, NaN where it may not be used; 0 outside of it."""
-    pointers = tile_pointers(at, rows, cols, shape, GRAD, GRAD_TYPE, ALIGNED, STRIDED)
+    pointers = tile_pointers(at, rows, cols, shape, OF_GRAD, GRAD_TYPE, ALIGNED, STRIDED)
     g, usable = transformed(tl.load(pointers, mask=inside(rows, cols, shape), other=0.0), gradient, SKIP_NONFINITE)
     return tl.where(usable, g, float("nan")), usable
 
