@@ -26,6 +26,8 @@ from lowmem_optim.routed import RoutedOptimizer
 #   SWAN: 0.02 1.742, 0.04 1.568, 0.08 1.508
 #   AdaPM: 2e-3 1.670, 4e-3 1.657 (rank 4); rank 16 at 4e-3 1.678, with v of rows 1.781; betas (0.9, 0.95), decay 0.1
 #   AdamMini: 2e-3 1.880, the same betas and decay
+#   APOLLO of rank 32: 4e-3 1.713; with fallback_lr=2e-3 0.01 1.706, 0.02 1.767
+#   APOLLOMini: 2e-3 2.079, 3e-3 2.035, 5e-3 2.079, 0.01 2.099, 0.02 2.286
 #   MNGD with norms=("row",), iterations=1: 0.04 1.802; as it comes it is SinkGD
 # Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME.
 LEARNING_RATES = {
@@ -41,13 +43,15 @@ LEARNING_RATES = {
     "AdaPM": 4e-3,
     "AdamMini": 2e-3,
     "MNGD": 0.04,
+    "APOLLO": 0.01,
+    "APOLLOMini": 3e-3,
 }
 
 # Arguments without which the rate above is not taken, or not what it says
 OPTIONS: dict[str, dict[str, Any]] = {
     "Adafactor": {"relative_step": False, "scale_parameter": False},
     # a quarter of the model's width, as in the paper; 256 would be all of it
-    "APOLLO": {"rank": 32},
+    "APOLLO": {"rank": 32, "fallback_lr": 2e-3},
 }
 
 # Arguments with a command-line option of their own
