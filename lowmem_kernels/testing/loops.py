@@ -57,16 +57,18 @@ class _Instruction:
 def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) -> list[TileLoop]:
     """List the tile loops of a case compiled for TARGETS[target_name], in the order of their code.
 
-    A tile is as large as the constants BLOCK_* say, and in a function apply_* as APPLY_* do if there are any.
+    A tile is as large as the constants BLOCK_* say, and in a function apply_* or moment* as APPLY_* or MOMENT_* do if
+    there are any.
 
     Raises KeyError for an unknown target, and ValueError if the code has no bulk access in a loop.
     """
     amd = TARGETS[target_name].backend == "hip"
-    block, applied = (
-        [value for name, value in case.constexprs.items() if name.startswith(prefix)] for prefix in ("BLOCK", "APPLY")
-    )
+    tiles = {
+        prefix: [value for name, value in case.constexprs.items() if name.startswith(prefix)]
+        for prefix in ("BLOCK", "APPLY", "MOMENT_")
+    }
     threads = case.options["num_warps"] * TARGETS[target_name].warp_size
-    bulk = _bulk_lines(compiled, block) | (_bulk_lines(compiled, applied) if applied else set())
+    bulk = {line for shape in tiles.values() if shape for line in _bulk_lines(compiled, shape)}
     code, labels = _parse(compiled.asm["amdgcn"] if amd else disassembled(compiled.asm["cubin"]), amd)
     access = amd_access if amd else nvidia_access
     paths = _source_files(case, compiled)
@@ -79,10 +81,11 @@ def tile_loops(case: CompileCase, compiled: CompiledKernel, target_name: str) ->
     for loop in _innermost(_loops(code, labels), bulk_accesses.keys()):
         inside = Counter(accessed for i, accessed in bulk_accesses.items() if i in loop)
         if name := _name((code[i].line for i in loop), paths):
-            shape = applied if applied and name.startswith("apply") else block
+            own = [shape for prefix, shape in tiles.items() if shape and name.startswith(prefix.lower().rstrip("_"))]
+            shape = own[0] if own else tiles["BLOCK"]
             found.append(TileLoop(name, len(loop), math.prod(shape) // threads, **by_kind(inside)))
     if not found:
-        raise ValueError(f"{case.name}: no loop with a load or store of a tile of {block}")
+        raise ValueError(f"{case.name}: no loop with a load or store of a tile of {tiles['BLOCK']}")
     return found
 
 
