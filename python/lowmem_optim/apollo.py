@@ -43,7 +43,7 @@ class APOLLO(RoutedOptimizer):
         lr: step length, in units of Adam's.
         rank: r >= 1. A matrix whose shorter dimension has no more elements is not projected, and has Adam's moments.
         scale: its square root multiplies the update, as in the authors' implementation; the paper's alpha is that root.
-            sqrt(min(m, n) / r) makes an update as large as Adam's.
+            min(m, n) / r makes an update about as large as Adam's.
         scale_type: "channel" or "tensor".
         update_proj_gap: steps from one projection to the next.
         proj_type: which dimension is contracted: "std", "reverse_std" (the longer), "right" (columns), "left" (rows).
