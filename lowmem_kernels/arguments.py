@@ -22,8 +22,8 @@ def device_scalar(value: float | Tensor) -> float | Tensor:
 
 
 def log_of(beta: float) -> float:
-    """The logarithm of a decay rate, which may be 0: what `fragments.one_minus_power` takes."""
-    return math.log(beta) if beta > 0 else -math.inf
+    """The logarithm of a decay rate, as `fragments.one_minus_power` takes it; finite for 0, so that 0**0 is 1."""
+    return math.log(beta) if beta > 0 else -1e4
 
 
 def update_arguments(

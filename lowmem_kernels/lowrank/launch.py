@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import device_scalar, update_arguments
+from ..arguments import device_scalar, log_of, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
-from ..schedules import geometries_of
+from ..schedules import geometries_of, vectors
 from ..table import addresses, counters, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
 from . import kernels
@@ -81,7 +80,7 @@ def partial_momentum_update_(
         "lr": device_scalar(lr), "weight_decay": float(weight_decay), "eps": float(eps),
         # taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         "one_minus_beta1": 1 - beta1, "one_minus_beta2": 1 - beta2,
-        "log_beta1": _log(beta1), "log_beta2": _log(beta2), "beta1": float(beta1),
+        "log_beta1": log_of(beta1), "log_beta2": log_of(beta2), "beta1": float(beta1),
         "carry": rule.residual_scale * beta1 / (1 - beta1), "gamma": float(rule.residual_scale),
         "damping": rule.damping, "pull": rule.damping * (1 - beta1),
         "every": rule.every, "clip_element": rule.clip_of("elem"), "clip_rms": rule.clip_of("rms"),
@@ -116,8 +115,8 @@ def _run(schedule: Schedule, form: Form, rule: MomentumRule, given: dict[str, An
         "row_sums_ptr": schedule.rows, "col_sums_ptr": schedule.cols,
         "mean_ptr": schedule.matrices, "partial_ptr": schedule.tiles, "clip_ptr": owners,
     }  # fmt: skip
-    scratch = torch.empty(sum(map(_vectors, sizes.values())), dtype=torch.float32, device=device)
-    parts = dict(zip(sizes, scratch.split([*map(_vectors, sizes.values())]), strict=True))
+    scratch = torch.empty(sum(map(vectors, sizes.values())), dtype=torch.float32, device=device)
+    parts = dict(zip(sizes, scratch.split([*map(vectors, sizes.values())]), strict=True))
     given = {
         **given, **parts, "bad_ptr": torch.zeros(owners, dtype=torch.int32, device=device),
         "counter_ptr": counters(owners, device), "row_blocks": schedule.row_blocks,
@@ -183,13 +182,3 @@ def _schedules(
 
 # for plain lists, of which nothing is remembered
 _schedules_of = lru_cache(maxsize=64)(schedules_of)
-
-
-def _vectors(size: int) -> int:
-    """Elements with those that make what follows start at a multiple of 16 bytes."""
-    return -(-size // 4) * 4
-
-
-def _log(beta: float) -> float:
-    # finite, so that 0 to the power of 0 is 1
-    return math.log(beta) if beta > 0 else -1e4
