@@ -43,14 +43,14 @@ test: test-spec test-interp test-compile test-optim ## every tier that needs no 
 test-spec: $(READY) ## references against float64 oracles (budget: 2 minutes)
 	$(PYTEST) tests/spec -n 2
 
-test-interp: $(READY) ## kernels in Triton's interpreter (budget: 6 minutes)
+test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
 	TRITON_INTERPRET=1 $(PYTEST) tests/interp -n 2
 
-test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 5 minutes)
+test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 4 minutes)
 	$(PYTEST) tests/compile -n 2 --dist loadgroup
 	PYTHONPATH=$(OLDEST) $(PYTEST) $(addprefix tests/compile/test_,elementwise.py factored.py tickets.py) -n 2 --dist loadgroup
 
-test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 3 minutes)
+test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 4.5 minutes)
 	$(PYTEST) tests/optim -n 2
 
 test-gpu: $(READY) ## kernels and optimizers on this machine's GPU

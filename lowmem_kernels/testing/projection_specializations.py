@@ -18,7 +18,9 @@ _DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _SIGNATURE = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
     "found_inf": "*fp32",
-    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters", "epoch"), "i32"),
+    **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters"), "i32"),
+    # on the device, where optimizers have it
+    "epoch": "*i64",
     **dict.fromkeys(("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2"), "fp32"),
     **dict.fromkeys(("eps", "projected_scale", "root_scale", "growth_limit", "scale"), "fp32"),
     "inv_scale": "*fp32", "clip_coef": "*fp32",
