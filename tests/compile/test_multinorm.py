@@ -1,6 +1,6 @@
 """The multi-normalization kernel compiles for every target: registers, 16-byte accesses, 64-bit addresses."""
 
-from compiling import chosen, compiled, inspected, over
+from compiling import IS_OLDEST, chosen, compiled, inspected, over
 from lowmem_kernels.multinorm.fields import SLAB
 from lowmem_kernels.testing.aot import TARGETS, narrow_offsets
 
@@ -28,7 +28,7 @@ def test_fits_in_registers(target, name):
         # NVIDIA's 64-bit division, which strided layouts need, has a stack frame
         assert report.stack_bytes <= 64, report
     elif target == "sm_80" or name.endswith(FEW_SPILLS):
-        assert report.stack_bytes <= 48, report
+        assert report.stack_bytes <= (72 if IS_OLDEST else 48), report
     else:
         assert not report.spilled, report
     # two programs of eight warps, or one of sixteen

@@ -2,7 +2,7 @@
 
 import re
 
-from compiling import chosen, compiled, inspected, over
+from compiling import IS_OLDEST, chosen, compiled, inspected, over
 from lowmem_kernels.testing import loops
 from lowmem_kernels.testing.aot import TARGETS, disassembled, narrow_offsets
 
@@ -50,7 +50,7 @@ def test_fits_in_registers(target, name):
         # 128 of the registers are sums; what is put aside is used once in a tile of 128 channels
         assert report.stack_bytes <= 512, report
     else:
-        assert not report.spilled, report
+        assert report.stack_bytes <= (8 if IS_OLDEST else 0), report
     assert report.programs >= (1 if flags.get("MODE") == "dot" or "misaligned" in name else 2), report
 
 
