@@ -44,9 +44,10 @@ def tensor_bits(case: CompileCase) -> tuple[list[int], list[int]]:
 @every_case
 def test_fits_in_registers(target, name):
     report = inspected(target, name)
-    if target == "sm_80" or CASES[target, name].constexprs["STRIDED"]:
-        # the tiles were chosen for sm_90, and NVIDIA's 64-bit division, which strided layouts need, is a call with a
-        # frame of its own: a register or two may be saved
+    constexprs = CASES[target, name].constexprs
+    if target == "sm_80" or constexprs["STRIDED"] or constexprs.get("DIGITS") == 2:
+        # the tiles were chosen for sm_90, and NVIDIA's 64-bit division, which strided layouts and shards in
+        # pieces need, is a call with a frame of its own: a register or two may be saved
         assert report.stack_bytes <= 16, report
     else:
         assert not report.spilled, report
@@ -62,6 +63,12 @@ def test_bulk_accesses_are_16_bytes(target, name):
     if not case.constexprs["ALIGNED"]:
         # nothing is promised, so nothing may be assumed: a vector access here would fault on a GPU
         assert report.loads[128] == report.stores[128] == 0, report
+        return
+    if case.constexprs.get("DIGITS") == 2:
+        # four, and as wide as that: 8 bytes of 16-bit numbers
+        assert report.loads[128] == reads.count(32), report
+        assert report.stores[128] == writes.count(32), report
+        assert report.stores[64] == writes.count(16), report
         return
     # eight elements for each thread of every tensor, in the loop over whole vectors
     assert report.loads[128] == sum(8 * bits // 128 for bits in reads), report
@@ -85,10 +92,10 @@ def test_addresses_are_64_bits(target, name):
             assert offset.pointer in {"table_ptr", "counter_ptr", "partial_ptr", "out_ptr"}, offset
     ttir = kernel.asm["ttir"]
     assert re.search(rf"arith\.muli .*, %c{case.constexprs['TILE']}_i64", ttir), "the start of a tile is not 64 bits"
-    # 32-bit products are those of the hash (two odd multipliers) and of a tensor's number of dimensions (times 3): none
-    # can overflow into an address
+    # 32-bit products are those of the hash (two odd multipliers), of a tensor's number of dimensions (times 3) and of a
+    # shard's (times 2): none can overflow into an address
     factors = set(re.findall(r"arith\.muli [^,]*, %c(-?\d+)_i32", ttir))
-    assert factors <= {"2146121005", "-2073254261", "3"}, factors
+    assert factors <= {"2146121005", "-2073254261", "3", "2"}, factors
 
 
 @over([("sm_90", "scaled_update-bf16-all_options")])
