@@ -72,7 +72,7 @@ def noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
 
 
 def noise_of_shard(key: int, shard: Shard, start: int, count: int, device: torch.device) -> Tensor:
-    """Return `noise` of the elements of the whole tensor that elements ``start .. start + count - 1`` of a shard are."""
+    """Return `noise` of what elements ``start .. start + count - 1`` of a shard are in the whole tensor."""
     if shard.is_range:
         return noise(key, shard.first + start, count, device)
     index = shard.indices(start, count, device)

@@ -7,8 +7,8 @@ A table is one int64 vector on the device. It starts with one row for each param
 in order of ``first_tile``, so that a program finds its row by bisection. Programs are numbered through all tensors:
 parameter k owns ``max(1, ceil(numel / tile))`` of them. After the rows come, for tensors that are not contiguous,
 ``ndim`` entries of (size, stride of column 0, stride of column 1) from the innermost dimension outwards; ``dims`` is
-where they start in the vector. Where tables say which shards of parameters they have, `Shard.entries` follows those, or is
-at ``dims`` where there are none.
+where they start in the vector. `Shard.entries` follows those, or is at ``dims`` where there are none, for a shard
+of a parameter.
 
 Gradients are new tensors in every step, so their addresses are looked up in every call, and the table is copied to the
 device again where they have changed. The rest is looked up once for lists that are `Tensors` (tensors.py).
@@ -67,7 +67,7 @@ def tables(
     scalars: Sequence[Sequence[Tensor]] = (),
     shards: Sequence[Shard | None] | None = None,
 ) -> tuple[Table, ...]:
-    """Return a table for each layout that occurs: at most three, three times that with shards, however many tensors there are.
+    """Return a table for each layout that occurs: few (three without shards), however many tensors there are.
 
     Args:
         columns: lists of equal length; columns 0 and 1 (parameter and gradient) may have any strides, the others are

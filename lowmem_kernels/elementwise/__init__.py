@@ -53,8 +53,8 @@ def adamw_(
         betas: decay rates (b1, b2) in [0, 1).
         eps: added to the square root, in units of the gradient.
         weight_decay: decoupled, multiplied by lr.
-        shards: which part of a whole tensor each parameter is, None where it is all of it: the noise of rounding is then
-            that of its elements there. None: all of them are whole.
+        shards: which part of a whole tensor each parameter is, None where it is all of it; rounding noise is then that
+            of its elements there. None: all of them are whole.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded.
         backend: "auto", "triton" or "torch".

@@ -69,7 +69,8 @@ def _adamw_kernel(
     lr, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay,
     scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
-    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW. One program owns TILE consecutive elements of one tensor and writes p, m and v there.
 
@@ -143,7 +144,8 @@ def _scaled_update_kernel(
     table_ptr, counter_ptr, skipped_ptr, found_inf, rows,
     lr, weight_decay, scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
-    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LOMO's update. One program owns TILE consecutive elements of one tensor and writes p there.
 

@@ -79,9 +79,9 @@ def _scaled_update_cases() -> Iterator[CompileCase]:
         flags = {"STOCHASTIC": stochastic, "clip_value": None}
         yield _case(name, elementwise._scaled_update_kernel, signature, param, layout, flags)
     for name, digits in (("range", 1), ("pieces", 2)):
-        flags = {"STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
+        shard = {"STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
         name = f"scaled_update-bf16-{name}_of_whole"
-        yield _case(name, elementwise._scaled_update_kernel, signature, "bf16", "aligned", flags)
+        yield _case(name, elementwise._scaled_update_kernel, signature, "bf16", "aligned", shard)
     # lr on the device, clipping by value, nothing optional left out or nothing given
     everything = {**signature, "lr": "*fp32", "clip_value": "fp32"}
     yield _case(

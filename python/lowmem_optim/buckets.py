@@ -49,8 +49,8 @@ class Bucket:
     """Parts of parameters of one group that share rule, device and dtypes, with their states and, in a step, gradients.
 
     Nearly always a part is the whole parameter. Made once and kept from step to step, so that verbs find the same
-    `Tensors`. Of parameters that are DTensors, and of their states and gradients, it has what is in this process; all of
-    a bucket then have the same mesh and placements.
+    `Tensors`. Of parameters that are DTensors, and of their states and gradients, it has what is in this process; they
+    then have the same mesh and placements.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Bucket:
 
 def facts_of(
     groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor | None]
-) -> tuple[tuple[list[Any], ...], list[Tensor | None]]:
+) -> tuple[tuple[list[Any], ...], Sequence[Tensor | None]]:
     """Return what buckets depend on besides objects, and the gradients, of DTensors what of them is here."""
     local_grads = locals_of(grads)
     facts: tuple[list[Any], ...] = (

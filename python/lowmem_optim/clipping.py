@@ -57,10 +57,14 @@ def _stats_of_processes(
         parts.setdefault(process_groups(mesh), [])
     for bucket in buckets if needed else ():
         squares, count = grad_stats(bucket.grads, backend=bucket.group["backend"]).to(device, non_blocking=True)
-        first = not bucket.wholes or is_first_copy(bucket.wholes[0])
+        whole: Any = bucket.wholes[0] if bucket.wholes else None
         nothing = torch.zeros_like(count)
-        vector = torch.stack([squares, count, count, nothing] if first else [nothing, nothing, count, nothing])
-        parts[process_groups(bucket.wholes[0].device_mesh) if bucket.wholes else ()].append(vector)
+        vector = torch.stack(
+            [squares, count, count, nothing]
+            if whole is None or is_first_copy(whole)
+            else [nothing, nothing, count, nothing]
+        )
+        parts[() if whole is None else process_groups(whole.device_mesh)].append(vector)
     sums = torch.zeros(2, device=device)
     flags = torch.zeros(2, device=device)
     if found_inf is not None:

@@ -55,10 +55,10 @@ def local_shape(shape: Sequence[int], cuts: Sequence[Cut]) -> tuple[int, ...]:
 
 
 def shard_of(shape: Sequence[int], cuts: Sequence[Cut]) -> Shard | None:
-    """Return which elements of a tensor of this shape are left after the cuts; None: all, or the first of them in order.
+    """Return which elements of a tensor are left after the cuts; None: all of them, or some of the first in order.
 
-    Raises ValueError where ranges of a dimension are of several lengths or distances, here or in another place, which no
-    placement of FSDP, of tensor parallel or of both together has.
+    Raises ValueError where ranges of a dimension are of several lengths or distances, here or in another place, which
+    no placement of FSDP, of tensor parallel or of both together has.
     """
     for dim, size in enumerate(shape):
         _check_even(size, tuple([(c.parts, c.deal) for c in cuts if c.dim == dim]))
@@ -184,13 +184,14 @@ def check_placements(param: Any, grad: Any, identity: str | int) -> None:
         )
 
 
-def placed(value: Tensor, param: Any, name: str) -> Tensor:
+def placed(value: Any, param: Any, name: str) -> Tensor:
     """Return what this process has of a saved state, which is whole or a DTensor of its parameter's mesh.
 
     Raises ValueError for a DTensor on another mesh, or where the parameter is none.
     """
     if not is_sharded(value):
-        return cut_out(value, cuts_of(param)) if is_sharded(param) else value
+        whole: Tensor = value
+        return cut_out(whole, cuts_of(param)) if is_sharded(param) else whole
     if not is_sharded(param) or value.device_mesh != param.device_mesh:
         raise ValueError(
             f"{name} is a DTensor on {value.device_mesh}; allowed: whole tensors, or DTensors on the parameter's mesh; "
