@@ -39,8 +39,8 @@ def check_model(model: nn.Module, optimizer: LowMemOptimizer) -> None:
         if _is_sharded(module):
             raise TypeError(
                 f"{name or 'model'} is sharded by FSDP, which reduces gradients after the time at which fuse_backward "
-                "would use them; allowed: optimizer.step(), which AdamW and Lomo do for shards, or whole parameters, also "
-                "in DistributedDataParallel"
+                "would use them; allowed: optimizer.step(), which AdamW and Lomo do for shards, or whole parameters, "
+                "also in DistributedDataParallel"
             )
     params = set(model.parameters())
     missing = [member.identity for member in optimizer.members() if member.param not in params]

@@ -36,7 +36,8 @@ CONFIGS = [
     Config("AdamW, bfloat16 and states, skipping steps", AdamW, torch.bfloat16,
            {"state_dtype": "param", "skip_nonfinite": "step"}, collectives=1),
     Config("Lomo, bfloat16", Lomo, torch.bfloat16),
-    Config("Lomo, float32, clip_grad_norm", Lomo, torch.float32, {"clip_grad_norm": 1.0}, collectives=1, same_bits=False),
+    Config("Lomo, float32, clip_grad_norm", Lomo, torch.float32,
+           {"clip_grad_norm": 1.0}, collectives=1, same_bits=False),
 ]  # fmt: skip
 
 

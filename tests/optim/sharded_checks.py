@@ -15,6 +15,8 @@ from lowmem_optim import AdamW, Lomo, fuse_backward
 from optim.sharded import distributed, gradients, starts
 from optim.tensors import assert_same_bits, copies
 
+ROWS = (Shard(0),)
+
 
 def is_refused(optimizer, mesh, placements):
     """By a sentence that names the optimizer and what to use, and the same for a group that is added later."""
@@ -91,14 +93,14 @@ def models_with_tensor_parallel_and_fsdp():
         torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
 
 
-def sharded_optimizer(mesh, placements=(Shard(0),), **options):
-    params = [nn.Parameter(distributed(p, mesh, placements)) for p in starts(torch.bfloat16)]
+def sharded_optimizer(mesh, **options):
+    params = [nn.Parameter(distributed(p, mesh, ROWS)) for p in starts(torch.bfloat16)]
     return params, AdamW(params, lr=1e-2, **options)
 
 
-def give(params, step, mesh, placements=(Shard(0),)):
+def give(params, step, mesh):
     for param, grad in zip(params, gradients(step, torch.bfloat16), strict=True):
-        param.grad = distributed(grad, mesh, placements)
+        param.grad = distributed(grad, mesh, ROWS)
 
 
 def locals_of(params):
@@ -130,7 +132,7 @@ def copies_and_loaded_states_carry_on(mesh):
         assert_same_bits(locals_of(some), locals_of(params))
         assert [one.state[p]["uid"] for p in some] == [optimizer.state[p]["uid"] for p in params]
         assert all(type(one.state[p]["exp_avg"]) is DTensor for p in some)
-    with pytest.raises(ValueError, match="exp_avg of parameter 0 is a DTensor on .*; allowed: whole tensors"):
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is a DTensor on .*; allowed: whole tensors"):
         whole.load_state_dict(optimizer.state_dict())
 
 
@@ -154,7 +156,7 @@ def all_skip_together(rank, mesh, size):
 
 
 def a_gradient_in_no_process_skips_no_collective(mesh):
-    params, optimizer = sharded_optimizer(mesh, skip_nonfinite="step")
+    _, optimizer = sharded_optimizer(mesh, skip_nonfinite="step")
     with CommDebugMode() as collectives:
         optimizer.step()
     assert collectives.get_total_counts() == 1
@@ -172,7 +174,7 @@ def placements_that_are_refused(mesh):
     assert not optimizer.state
     partial = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
     with pytest.raises(
-        TypeError, match="a parameter is a DTensor with Partial.*; allowed: Shard, _StridedShard, Replicate"
+        TypeError, match=r"a parameter is a DTensor with Partial.*; allowed: Shard, _StridedShard, Replicate"
     ):
         AdamW([partial])
 
