@@ -102,10 +102,13 @@ def any_sharded(tensors: Iterable[object]) -> bool:
 
 def local_of(tensor: Any) -> Any:
     """Return what this process has of a DTensor, as the tensor that it is in, and anything else as it is."""
-    if not is_sharded(tensor):
+    if not hasattr(type(tensor), "placements"):
         return tensor
-    with torch.no_grad():  # in which there is no view to make
-        local = tensor.to_local()
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return local_of(tensor)
+    # no view is made without gradients
+    local = tensor.to_local()
     return local.wait() if hasattr(local, "wait") else local
 
 

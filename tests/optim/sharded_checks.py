@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from lowmem_kernels.numerics import parity_tolerance
 from lowmem_optim import AdamW, Lomo, fuse_backward
+from lowmem_optim.sharding import local_of
 from optim.sharded import distributed, gradients, starts
 from optim.tensors import assert_same_bits, copies
 
@@ -155,6 +157,26 @@ def all_skip_together(rank, mesh, size):
         assert optimizer.nonfinite_count() == (where == "grad")
 
 
+def whole_parameters_among_shards(mesh):
+    """Of equal values in all processes, they count once in the norm; with a bad gradient in one of them all skip."""
+    plain = [nn.Parameter(p.float()) for p in starts(torch.bfloat16)]
+    mixed = [nn.Parameter(distributed(p.data, mesh, ROWS) if i % 2 else p.data.clone()) for i, p in enumerate(plain)]
+    runs = [(params, Lomo(params, lr=0.1, clip_grad_norm=0.5)) for params in (plain, mixed)]
+    for step in range(3):
+        for params, optimizer in runs:
+            for param, grad in zip(params, gradients(step, torch.float32), strict=True):
+                param.grad = distributed(grad, mesh, ROWS) if isinstance(param, DTensor) else grad
+            optimizer.step()
+    for start, a, b in zip(starts(torch.bfloat16), plain, mixed, strict=True):
+        found = b.full_tensor() if isinstance(b, DTensor) else b
+        assert (found - a).norm() <= parity_tolerance(start, a, 3)
+    before = [local_of(p).detach().clone() for p in mixed]
+    if mesh.get_local_rank() == 0:
+        mixed[0].grad[0, 0] = float("inf")
+    runs[1][1].step()
+    assert_same_bits([local_of(p).detach() for p in mixed], before)
+
+
 def a_gradient_in_no_process_skips_no_collective(mesh):
     _, optimizer = sharded_optimizer(mesh, skip_nonfinite="step")
     with CommDebugMode() as collectives:
@@ -204,6 +226,7 @@ def run(rank, size):
         models_with_tensor_parallel_and_fsdp()
     copies_and_loaded_states_carry_on(mesh)
     all_skip_together(rank, mesh, size)
+    whole_parameters_among_shards(mesh)
     a_gradient_in_no_process_skips_no_collective(mesh)
     placements_that_are_refused(mesh)
     fused_backward_is_refused(mesh)
