@@ -103,11 +103,14 @@ def stream_key(key, step, STREAM: tl.constexpr):
 
 @triton.jit
 def place_in_whole(table_ptr, row_ptr, start, lane, DIGITS: tl.constexpr):
-    """(start, lane) as `rounded` takes them: of a whole tensor's elements, where ``start + lane`` are a shard's."""
+    """Where in the whole elements start + lane of a shard are: start there, or with 2 DIGITS the index of each element.
+
+    `rounded` takes it in place of start, and of both.
+    """
     if DIGITS == 0:
-        return start, lane
+        return start
     elif DIGITS == 1:
-        return start + tl.load(table_ptr + tl.load(row_ptr + 3) + 3 * tl.load(row_ptr + 4)), lane
+        return start + tl.load(table_ptr + tl.load(row_ptr + 3) + 3 * tl.load(row_ptr + 4))
     else:
         # after (size, stride, stride) of each dimension, where there are any
         shard_ptr = table_ptr + tl.load(row_ptr + 3) + 3 * tl.load(row_ptr + 4)
@@ -118,7 +121,7 @@ def place_in_whole(table_ptr, row_ptr, start, lane, DIGITS: tl.constexpr):
             outer = index // size
             place += (index - outer * size).to(tl.int64) * tl.load(shard_ptr + 4 + 2 * digit)
             index = outer
-        return place + index.to(tl.int64) * tl.load(shard_ptr + 1), None
+        return place + index.to(tl.int64) * tl.load(shard_ptr + 1)
 
 
 @triton.jit

@@ -54,7 +54,9 @@ def _adamw_block(
     new_v = lerp(v, g * g, one_minus_beta2)
     new_p = p - (step_size * (new_m / (tl.sqrt(new_v) * rsqrt_correction2 + eps)) + decay * p)
 
-    start, lane = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    start = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    if DIGITS == 2:
+        lane = None
     # the mask must stay free of data, or stores fall apart into single elements: what is skipped is written back
     key_p, key_m, key_v = keys
     tl.store(m_ptrs, rounded(tl.where(usable, new_m, m), key_m, start, lane, STATE, STOCHASTIC), mask=mask)
@@ -134,7 +136,9 @@ def _scaled_update_block(
     p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
     g, usable = transformed(grad, gradient, SKIP_NONFINITE)
     new_p = tl.where(usable, p - (lr * g + decay * p), p)
-    start, lane = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    start = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    if DIGITS == 2:
+        lane = None
     tl.store(p_ptrs, rounded(new_p, key, start, lane, PARAM, STOCHASTIC), mask=mask)
     return (mask & (usable == 0)).to(tl.int32)
 
