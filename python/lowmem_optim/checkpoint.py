@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lowmem_kernels.numerics import name_of
 
-from .sharding import is_sharded, like, local_of, placed
+from .sharding import dtensor_of, is_sharded, local_of, placed
 
 
 def uid_of(identity: str | int) -> int:
@@ -81,7 +81,7 @@ def converted_state(
         # float64 is the one dtype that nothing here computes in
         dtype = torch.float32 if wider is torch.float64 else wider
         local = placed(value.detach(), param, name).to(param.device, dtype, copy=True).contiguous()
-        state[key] = like(local, param) if is_sharded(param) else local
+        state[key] = dtensor_of(local, param) if is_sharded(param) else local
     return state
 
 

@@ -139,7 +139,7 @@ def is_first_copy(tensor: Any) -> bool:
     return all(place == 0 for place, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
 
 
-def like(local: Tensor, param: Any) -> Tensor:
+def dtensor_of(local: Tensor, param: Any) -> Tensor:
     """Return a DTensor of a parameter's shape and placements of what this process has of it, which is contiguous."""
     from torch.distributed.tensor import DTensor
 

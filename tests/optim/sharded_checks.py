@@ -1,9 +1,11 @@
 """What processes with shards do besides equal numbers: models that FSDP2 shards, copies, skipped steps, refusals."""
 
 import copy
+from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -149,12 +151,28 @@ def all_skip_together(rank, mesh, size):
             params[0].grad.to_local()[0, 0] = float("nan")
         if where == "found_inf":
             optimizer.found_inf = torch.tensor(float(rank == size - 1))
-        with CommDebugMode() as collectives:
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
             optimizer.step()
-        assert collectives.get_total_counts() == 1
+        assert [call.args[0].nbytes for call in reduced.call_args_list] == [16]
         assert_same_bits(locals_of(params), before)
         assert all(optimizer.state[p]["step"] == s["step"] == 1 for p, s in zip(params, states, strict=True))
         assert optimizer.nonfinite_count() == (where == "grad")
+
+
+def a_grad_scaler_skips_in_all_processes(rank, mesh):
+    scaler, model = torch.amp.GradScaler("cpu"), net().float()
+    fully_shard(model, mesh=mesh)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    for bad in (False, True):
+        scaler.scale(model(torch.ones(4, 5)).square().mean()).backward()
+        before = locals_of(model.parameters())
+        if bad and rank == 1:
+            model[0].weight.grad.to_local()[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0 ** (15 if bad else 16)
+        same = [torch.equal(a, b) for a, b in zip(before, locals_of(model.parameters()), strict=True) if a.numel()]
+        assert all(same) if bad else not any(same)
 
 
 def whole_parameters_among_shards(mesh):
@@ -226,6 +244,7 @@ def run(rank, size):
         models_with_tensor_parallel_and_fsdp()
     copies_and_loaded_states_carry_on(mesh)
     all_skip_together(rank, mesh, size)
+    a_grad_scaler_skips_in_all_processes(rank, mesh)
     whole_parameters_among_shards(mesh)
     a_gradient_in_no_process_skips_no_collective(mesh)
     placements_that_are_refused(mesh)
