@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
@@ -43,6 +44,7 @@ def run(processes, folder):
     assert [process.returncode for process in running] == [0] * processes, "\n".join(outputs)
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_and_four_processes_equal_one(tmp_path):
     """One test, since four processes, and then this one, carry on from the checkpoint of two."""
     for processes in (2, 4):
