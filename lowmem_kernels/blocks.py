@@ -15,6 +15,7 @@ from torch import Tensor
 from .numerics import STOCHASTIC_DTYPES
 from .options import GradTransform
 from .rounding import store_stochastic_
+from .shards import Shard
 
 #: Elements worked on at a time: 512 KiB of fp32 for each of about four temporaries. Twice as fast with stochastic
 #: rounding as half of it, where the calls cost as much as the arithmetic.
@@ -97,12 +98,13 @@ def sum_is_finite(x: Tensor) -> bool:
     return math.isfinite(x.sum().item())
 
 
-def store_(target: Tensor, value: Tensor, stochastic: bool, key: int, start: int) -> None:
+def store_(target: Tensor, value: Tensor, stochastic: bool, key: int, start: int, shard: Shard | None = None) -> None:
     """Write fp32 ``value``, which may be overwritten, into ``target``, rounded once.
 
-    ``key`` is a stream_key and ``start`` the logical index of the first element, as `store_stochastic_` takes them.
+    ``key`` is a stream_key, ``start`` the logical index of the first element, in ``shard`` if there is one, as
+    `store_stochastic_` takes them.
     """
     if stochastic and target.dtype in STOCHASTIC_DTYPES:
-        store_stochastic_(target, value, key, start)
+        store_stochastic_(target, value, key, start, shard)
     elif value is not target:
         target.copy_(value)

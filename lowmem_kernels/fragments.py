@@ -102,16 +102,46 @@ def stream_key(key, step, STREAM: tl.constexpr):
 
 
 @triton.jit
+def place_in_whole(table_ptr, row_ptr, start, lane, DIGITS: tl.constexpr):
+    """Where in the whole elements start + lane of a shard are: start there, or with 2 DIGITS the index of each element.
+
+    `rounded` takes it in place of start, and of both.
+    """
+    if DIGITS == 0:
+        return start
+    elif DIGITS == 1:
+        return start + tl.load(table_ptr + tl.load(row_ptr + 3) + 3 * tl.load(row_ptr + 4))
+    else:
+        # after (size, stride, stride) of each dimension, where there are any
+        shard_ptr = table_ptr + tl.load(row_ptr + 3) + 3 * tl.load(row_ptr + 4)
+        index = (start + lane).to(tl.uint64)
+        place = tl.zeros(lane.shape, tl.int64) + tl.load(shard_ptr)
+        for digit in range(tl.load(shard_ptr + 2).to(tl.int32)):
+            size = tl.load(shard_ptr + 3 + 2 * digit).to(tl.uint64)
+            outer = index // size
+            place += (index - outer * size).to(tl.int64) * tl.load(shard_ptr + 4 + 2 * digit)
+            index = outer
+        return place + index.to(tl.int64) * tl.load(shard_ptr + 1)
+
+
+@triton.jit
 def rounding_noise(key, start, lane):
-    """uint32 noise, 0 .. 65535, of elements start + lane (int64 and int32, broadcast), the twin of rounding.noise."""
-    start = tl.full((), 0, tl.int64) + start  # a loop counter is a Python number in the interpreter
-    lane += (start & 1).to(tl.int32)
-    low = (start >> 1).to(tl.uint32)
-    pair = low + (lane >> 1).to(tl.uint32)
-    high = (start >> 33).to(tl.uint32)
-    # the sum of 32 bits may wrap around, into the next value of the high word
-    word = mix32(pair ^ tl.where(pair < low, combine(key, high + 1), combine(key, high)))
-    return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
+    """uint32 noise, 0 .. 65535, of elements start + lane (int64 and int32, broadcast), the twin of rounding.noise.
+
+    Without ``lane``, of elements start, which are in any order.
+    """
+    if lane is None:
+        word = mix32((start >> 1).to(tl.uint32) ^ combine(key, (start >> 33).to(tl.uint32)))
+        return (word >> ((start & 1) * 16).to(tl.uint32)) & 0xFFFF
+    else:
+        start = tl.full((), 0, tl.int64) + start  # a loop counter is a Python number in the interpreter
+        lane += (start & 1).to(tl.int32)
+        low = (start >> 1).to(tl.uint32)
+        pair = low + (lane >> 1).to(tl.uint32)
+        high = (start >> 33).to(tl.uint32)
+        # the sum of 32 bits may wrap around, into the next value of the high word
+        word = mix32(pair ^ tl.where(pair < low, combine(key, high + 1), combine(key, high)))
+        return (word >> ((lane & 1) * 16).to(tl.uint32)) & 0xFFFF
 
 
 @triton.jit

@@ -22,6 +22,8 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
+from .shards import Shard
+
 MULTIPLIER_1 = 0x7FEB352D
 MULTIPLIER_2 = 0x846CA68B
 GOLDEN_RATIO = 0x9E3779B9
@@ -65,27 +67,46 @@ def noise(key: int, start: int, count: int, device: torch.device) -> Tensor:
     # the bits of int32 arithmetic are those of uint32; only right shifts need their sign bits masked off
     h = _pair_index(last - first + 1, device) + _int32(first & _WORD)
     h.bitwise_xor_(_int32(combine(key, first >> 32)))
+    # little endian: the halves of the words, in memory order, are the elements in order
+    return _mix32_(h).view(torch.uint16)[start % 2 :][:count].to(torch.int32)
+
+
+def noise_of_shard(key: int, shard: Shard, start: int, count: int, device: torch.device) -> Tensor:
+    """Return `noise` of what elements ``start .. start + count - 1`` of a shard are in the whole tensor."""
+    if shard.is_range:
+        return noise(key, shard.first + start, count, device)
+    index = shard.indices(start, count, device)
+    # as `combine`, in int32
+    h = _mix32_((index >> 33).int().bitwise_xor_(_int32(key)).add_(_int32(GOLDEN_RATIO)))
+    h = _mix32_(h.bitwise_xor_((index >> 1).int()))
+    return (h >> ((index & 1) * 16).int()).bitwise_and_(0xFFFF)
+
+
+def store_stochastic_(target: Tensor, value: Tensor, key: int, start: int, shard: Shard | None = None) -> None:
+    """Write fp32 ``value`` into bfloat16 ``target`` with stochastic rounding.
+
+    ``start`` is the index of the first element, in ``shard`` if there is one, else in the whole tensor; ``value`` lists
+    the elements in logical order and is overwritten. Inf stays Inf by the arithmetic, NaN by being excluded: its bits
+    plus noise could wrap around to a number.
+    """
+    has_nan = bool(torch.isnan(value.sum()))
+    original = value.clone() if has_nan else value
+    bits = value.view(torch.int32)
+    count, device = value.numel(), value.device
+    added = noise(key, start, count, device) if shard is None else noise_of_shard(key, shard, start, count, device)
+    bits.add_(added.view(value.shape)).bitwise_and_(~0xFFFF)
+    target.copy_(torch.where(original.isnan(), original, value) if has_nan else value)
+
+
+def _mix32_(h: Tensor) -> Tensor:
+    """`mix32` of int32 words, in place."""
     shifted = torch.empty_like(h)
     for shift, multiplier in ((16, MULTIPLIER_1), (15, MULTIPLIER_2), (16, 1)):
         torch.bitwise_right_shift(h, _int32(shift), out=shifted)
         h.bitwise_xor_(shifted.bitwise_and_(_int32(_WORD >> shift)))
         if multiplier != 1:
             h.mul_(_int32(multiplier))
-    # little endian: the halves of the words, in memory order, are the elements in order
-    return h.view(torch.uint16)[start % 2 :][:count].to(torch.int32)
-
-
-def store_stochastic_(target: Tensor, value: Tensor, key: int, start: int) -> None:
-    """Write fp32 ``value`` into bfloat16 ``target`` with stochastic rounding.
-
-    ``start`` is the index of the first element; ``value`` lists the elements in logical order and is overwritten. Inf
-    stays Inf by the arithmetic, NaN by being excluded: its bits plus noise could wrap around to a number.
-    """
-    has_nan = bool(torch.isnan(value.sum()))
-    original = value.clone() if has_nan else value
-    bits = value.view(torch.int32)
-    bits.add_(noise(key, start, value.numel(), value.device).view(value.shape)).bitwise_and_(~0xFFFF)
-    target.copy_(torch.where(original.isnan(), original, value) if has_nan else value)
+    return h
 
 
 @lru_cache(maxsize=8)

@@ -7,7 +7,8 @@ A table is one int64 vector on the device. It starts with one row for each param
 in order of ``first_tile``, so that a program finds its row by bisection. Programs are numbered through all tensors:
 parameter k owns ``max(1, ceil(numel / tile))`` of them. After the rows come, for tensors that are not contiguous,
 ``ndim`` entries of (size, stride of column 0, stride of column 1) from the innermost dimension outwards; ``dims`` is
-where they start in the vector.
+where they start in the vector. `Shard.entries` follows those, or is at ``dims`` where there are none, for a shard
+of a parameter.
 
 Gradients are new tensors in every step, so their addresses are looked up in every call, and the table is copied to the
 device again where they have changed. The rest is looked up once for lists that are `Tensors` (tensors.py).
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .device import is_capturing, stream_id
+from .shards import Shard
 from .tensors import remembered
 
 #: Columns before the addresses, and the bytes to which an address is aligned where 16-byte accesses are promised.
@@ -33,10 +35,14 @@ ALIGNMENT = 16
 
 
 class Layout(NamedTuple):
-    """What a compiled kernel may assume of all tensors in its table."""
+    """What a compiled kernel may assume of all tensors in its table.
+
+    ``digits``: 0 for whole tensors, 1 for shards that are ranges of a whole, 2 for shards in pieces.
+    """
 
     aligned: bool
     strided: bool
+    digits: int = 0
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,13 @@ Strides = tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
 def tables(
-    columns: Sequence[Sequence[Tensor]], keys: Sequence[int], tile: int, scalars: Sequence[Sequence[Tensor]] = ()
+    columns: Sequence[Sequence[Tensor]],
+    keys: Sequence[int],
+    tile: int,
+    scalars: Sequence[Sequence[Tensor]] = (),
+    shards: Sequence[Shard | None] | None = None,
 ) -> tuple[Table, ...]:
-    """Return a table for each layout that occurs: at most three, however many tensors there are.
+    """Return a table for each layout that occurs: few (three without shards), however many tensors there are.
 
     Args:
         columns: lists of equal length; columns 0 and 1 (parameter and gradient) may have any strides, the others are
@@ -66,13 +76,15 @@ def tables(
         tile: elements of one program.
         scalars: further columns, of 0-d tensors: step counters are often one vector, and where a counter lies must not
             cost its parameter the 16-byte accesses.
+        shards: which part of a whole each parameter is, None where it is all of it.
     """
     params, grads = columns[0], columns[1]
     where = addresses([*columns, *scalars])
     strides = strides_of(params, grads)
     aligned = starts_aligned(where[:, : len(columns)])
     built = []
-    what = (strides, tuple(keys), tile, aligned.tobytes(), where.shape[1])
+    parts = (None,) * len(params) if shards is None else tuple(shards)
+    what = (strides, tuple(keys), tile, aligned.tobytes(), where.shape[1], parts)
     for rows in remembered([params], ("rows", *what), lambda: _rows_by_layout(params, *what)):
         rows.values[:, HEADER:] = where[rows.members]
         vector = uploaded(params, rows, np.concatenate([rows.values.ravel(), rows.dims]))
@@ -98,24 +110,31 @@ def _rows_by_layout(
     tile: int,
     aligned: bytes,
     columns: int,
+    shards: Sequence[Shard | None],
 ) -> list[_Rows]:
     members: dict[Layout, list[int]] = {}
     for i, strided in enumerate(strides):
-        members.setdefault(Layout(strided is None and bool(aligned[i]), strided is not None), []).append(i)
+        layout = Layout(strided is None and bool(aligned[i]), strided is not None, _digits(shards[i]))
+        members.setdefault(layout, []).append(i)
     built = []
     for layout, rows in members.items():
         values = np.zeros((len(rows), HEADER + columns), dtype=np.int64)
         dims: list[int] = []
         tiles = 0
         for row, i in zip(values, rows, strict=True):
-            numel, strided = params[i].numel(), strides[i]
+            numel, strided, shard = params[i].numel(), strides[i], shards[i]
             extents = collapse(*strided) if strided is not None else []
             row[:HEADER] = tiles, numel, keys[i], values.size + len(dims), len(extents)
             for extent in reversed(extents):
                 dims += extent
+            dims += () if shard is None else shard.entries()
             tiles += max(1, -(-numel // tile))
         built.append(_Rows(rows, layout, tiles, values, np.array(dims, dtype=np.int64)))
     return built
+
+
+def _digits(shard: Shard | None) -> int:
+    return 0 if shard is None else 1 if shard.is_range else 2
 
 
 def addresses(columns: Sequence[Sequence[Tensor | None] | None]) -> np.ndarray:

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
-from .checks import check_grads, check_lists
+from ..shards import Shard
+from .checks import check_grads, check_lists, check_shards
 
 __all__ = ["adamw_", "grad_stats", "scaled_update_"]
 
@@ -33,6 +34,7 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -51,6 +53,8 @@ def adamw_(
         betas: decay rates (b1, b2) in [0, 1).
         eps: added to the square root, in units of the gradient.
         weight_decay: decoupled, multiplied by lr.
+        shards: which part of a whole tensor each parameter is, None where it is all of it; rounding noise is then that
+            of its elements there. None: all of them are whole.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded.
         backend: "auto", "triton" or "torch".
@@ -66,9 +70,10 @@ def adamw_(
     decay multiplied by lr as torch.optim.AdamW does.
     """
     check_lists(params, grads, steps, exp_avgs=exp_avgs, exp_avg_sqs=exp_avg_sqs)
+    check_shards(params, shards)
     implementation(__name__, backend, (*params[:1], *grads[:1], *exp_avgs[:1])).adamw_(
         params, grads, exp_avgs, exp_avg_sqs, steps,
-        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, transform=transform, rounding=rounding,
+        lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, shards=shards, transform=transform, rounding=rounding,
     )  # fmt: skip
 
 
@@ -79,6 +84,7 @@ def scaled_update_(
     *,
     lr: float | Tensor,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -91,7 +97,7 @@ def scaled_update_(
         steps: counters of updates, advanced by one; only the rounding noise depends on them.
         lr: step length, in units of the parameter for a unit of gradient; a float or a 0-d tensor.
         weight_decay: decoupled, multiplied by lr.
-        transform, rounding, backend: as in `adamw_`.
+        shards, transform, rounding, backend: as in `adamw_`.
 
     Traffic: reads 2e and writes e bytes for each element: 6 bytes for bfloat16, 12 for float32.
 
@@ -100,8 +106,9 @@ def scaled_update_(
     Source: Lv et al., "Full Parameter Fine-tuning for Large Language Models with Limited Resources" (arXiv 2306.09782).
     """
     check_lists(params, grads, steps)
+    check_shards(params, shards)
     implementation(__name__, backend, (*params[:1], *grads[:1])).scaled_update_(
-        params, grads, steps, lr=lr, weight_decay=weight_decay, transform=transform, rounding=rounding
+        params, grads, steps, lr=lr, weight_decay=weight_decay, shards=shards, transform=transform, rounding=rounding
     )
 
 

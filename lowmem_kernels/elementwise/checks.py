@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..checks import check_gradients, check_list, check_params, state_dtypes
 from ..numerics import PARAM_DTYPES, name_of
+from ..shards import Shard
 from ..tensors import remembered
 
 
@@ -28,6 +29,12 @@ def check_lists(
 
     check_gradients(params, grads)
     remembered([params, steps, *states.values()], "check_lists", check_state)
+
+
+def check_shards(params: Sequence[Tensor], shards: Sequence[Shard | None] | None) -> None:
+    """Raise ValueError unless there is a shard, or None, for each parameter."""
+    if shards is not None and len(shards) != len(params):
+        raise ValueError(f"shards has {len(shards)} entries; allowed: {len(params)}, one for each parameter")
 
 
 def check_grads(grads: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from ..fragments import (
     is_last_program,
     lerp,
     one_minus_power,
+    place_in_whole,
     programs_of,
     rounded,
     scalar_or,
@@ -31,8 +32,8 @@ _GRAD_STATS_COLUMNS = tl.constexpr(2)
 @triton.jit
 def _adamw_block(
     table_ptr, row_ptr, pointers, keys, start, lane, limit, gradient, hyper,
-    PARAM: tl.constexpr, STATE: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
-    SKIP_NONFINITE: tl.constexpr,
+    PARAM: tl.constexpr, STATE: tl.constexpr, STRIDED: tl.constexpr, DIGITS: tl.constexpr,
+    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
     """Update elements start + lane < limit; return 1 where the gradient was not finite and nothing changed."""
     p_ptr, g_ptr, m_ptr, v_ptr = pointers
@@ -53,6 +54,9 @@ def _adamw_block(
     new_v = lerp(v, g * g, one_minus_beta2)
     new_p = p - (step_size * (new_m / (tl.sqrt(new_v) * rsqrt_correction2 + eps)) + decay * p)
 
+    start = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    if DIGITS == 2:
+        lane = None
     # the mask must stay free of data, or stores fall apart into single elements: what is skipped is written back
     key_p, key_m, key_v = keys
     tl.store(m_ptrs, rounded(tl.where(usable, new_m, m), key_m, start, lane, STATE, STOCHASTIC), mask=mask)
@@ -67,7 +71,8 @@ def _adamw_kernel(
     lr, one_minus_beta1, one_minus_beta2, log_beta1, log_beta2, eps, weight_decay,
     scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """AdamW. One program owns TILE consecutive elements of one tensor and writes p, m and v there.
 
@@ -102,14 +107,14 @@ def _adamw_kernel(
     for block in range(start, end, BLOCK):
         skipped += _adamw_block(
             table_ptr, row_ptr, pointers, keys, block, tl.arange(0, BLOCK), vector_end, gradient, hyper,
-            PARAM, STATE, STRIDED, STOCHASTIC, SKIP_NONFINITE,
+            PARAM, STATE, STRIDED, DIGITS, STOCHASTIC, SKIP_NONFINITE,
         )  # fmt: skip
     total = tl.sum(skipped)
     if ALIGNED:
         if end == numel and vector_end < numel:
             skipped_tail = _adamw_block(
                 table_ptr, row_ptr, pointers, keys, vector_end, tl.arange(0, _TAIL), numel, gradient, hyper,
-                PARAM, STATE, STRIDED, STOCHASTIC, SKIP_NONFINITE,
+                PARAM, STATE, STRIDED, DIGITS, STOCHASTIC, SKIP_NONFINITE,
             )  # fmt: skip
             total += tl.sum(skipped_tail)
     count_skipped(skipped_ptr, total)
@@ -120,7 +125,8 @@ def _adamw_kernel(
 @triton.jit
 def _scaled_update_block(
     table_ptr, row_ptr, p_ptr, g_ptr, key, start, lane, limit, gradient, lr, decay,
-    PARAM: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    PARAM: tl.constexpr, STRIDED: tl.constexpr, DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr,
+    SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
     """Update elements start + lane < limit; return 1 where the gradient was not finite and nothing changed."""
     p_ptrs = elements(p_ptr, table_ptr, row_ptr, start, lane, 0, STRIDED)
@@ -130,6 +136,9 @@ def _scaled_update_block(
     p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
     g, usable = transformed(grad, gradient, SKIP_NONFINITE)
     new_p = tl.where(usable, p - (lr * g + decay * p), p)
+    start = place_in_whole(table_ptr, row_ptr, start, lane, DIGITS)
+    if DIGITS == 2:
+        lane = None
     tl.store(p_ptrs, rounded(new_p, key, start, lane, PARAM, STOCHASTIC), mask=mask)
     return (mask & (usable == 0)).to(tl.int32)
 
@@ -139,7 +148,8 @@ def _scaled_update_kernel(
     table_ptr, counter_ptr, skipped_ptr, found_inf, rows,
     lr, weight_decay, scale, inv_scale, clip_value, clip_coef,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    DIGITS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """LOMO's update. One program owns TILE consecutive elements of one tensor and writes p there.
 
@@ -163,14 +173,14 @@ def _scaled_update_kernel(
     for block in range(start, end, BLOCK):
         skipped += _scaled_update_block(
             table_ptr, row_ptr, p_ptr, g_ptr, key, block, tl.arange(0, BLOCK), vector_end, gradient, rate, decay,
-            PARAM, STRIDED, STOCHASTIC, SKIP_NONFINITE,
+            PARAM, STRIDED, DIGITS, STOCHASTIC, SKIP_NONFINITE,
         )  # fmt: skip
     total = tl.sum(skipped)
     if ALIGNED:
         if end == numel and vector_end < numel:
             skipped_tail = _scaled_update_block(
                 table_ptr, row_ptr, p_ptr, g_ptr, key, vector_end, tl.arange(0, _TAIL), numel, gradient, rate, decay,
-                PARAM, STRIDED, STOCHASTIC, SKIP_NONFINITE,
+                PARAM, STRIDED, DIGITS, STOCHASTIC, SKIP_NONFINITE,
             )  # fmt: skip
             total += tl.sum(skipped_tail)
     count_skipped(skipped_ptr, total)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, device_scalar, log_of, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
+from ..shards import Shard
 from ..table import Layout, counters, tables
 from .kernels import _adamw_kernel, _grad_stats_kernel, _scaled_update_kernel
 
@@ -48,9 +49,10 @@ def plan_elementwise(tile: int, layout: Layout, warp_size: int) -> ElementwisePl
 
     Aligned: 8 elements for each thread are one 16-byte access of bfloat16 and two of float32, at 76 registers for
     AdamW on sm_90. Otherwise accesses are single elements with an address each, and 8 of them would take 194
-    registers; strided ones divide 64-bit numbers as well, and spill from 4 on.
+    registers; strided ones divide 64-bit numbers as well, and spill from 4 on. Shards in pieces have a 64-bit place for
+    each element, and take 168 registers for 8.
     """
-    per_thread = 8 if layout.aligned else 2 if layout.strided else 4
+    per_thread = (4 if layout.digits > 1 else 8) if layout.aligned else 2 if layout.strided else 4
     return ElementwisePlan(tile=tile, block=per_thread * warp_size * NUM_WARPS, num_warps=NUM_WARPS)
 
 
@@ -65,13 +67,14 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.elementwise.adamw_`: one launch for each layout that occurs."""
     beta1, beta2 = betas
     _launch_update(
-        _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), transform, rounding,
+        _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), shards, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
         # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2, log_beta1=log_of(beta1), log_beta2=log_of(beta2),
@@ -86,12 +89,13 @@ def scaled_update_(
     *,
     lr: float | Tensor,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
     _launch_update(
-        _scaled_update_kernel, (params, grads, steps), transform, rounding,
+        _scaled_update_kernel, (params, grads, steps), shards, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay),
     )  # fmt: skip
 
@@ -115,7 +119,12 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _launch_update(
-    kernel: Any, columns: Sequence[Sequence[Tensor]], transform: GradTransform, rounding: Rounding, **arguments: Any
+    kernel: Any,
+    columns: Sequence[Sequence[Tensor]],
+    shards: Sequence[Shard | None] | None,
+    transform: GradTransform,
+    rounding: Rounding,
+    **arguments: Any,
 ) -> None:
     # the last column is the step counters
     params, grads = columns[0], columns[1]
@@ -123,12 +132,14 @@ def _launch_update(
         return
     device = params[0].device
     tile = plan_tile(sum(map(Tensor.numel, params)))
-    for table in tables(columns[:-1], rounding.keys(len(params)), tile, scalars=columns[-1:]):
+    # without noise, it does not matter which elements they are
+    noisy = shards if rounding.stochastic else None
+    for table in tables(columns[:-1], rounding.keys(len(params)), tile, scalars=columns[-1:], shards=noisy):
         plan = plan_elementwise(table.tile, table.layout, device_facts(device).warp_size)
         with launching_on(device):
             kernel[(table.tiles,)](
                 table_ptr=table.values, counter_ptr=counters(table.rows, device), rows=table.rows,
-                TILE=plan.tile, BLOCK=plan.block, num_warps=plan.num_warps,
+                TILE=plan.tile, BLOCK=plan.block, DIGITS=table.layout.digits, num_warps=plan.num_warps,
                 **update_arguments(params, grads, table.layout, transform, rounding), **arguments,
             )  # fmt: skip
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..blocks import blocks, found_inf, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
+from ..shards import Shard
 
 
 def adamw_(
@@ -24,6 +25,7 @@ def adamw_(
     betas: tuple[float, float],
     eps: float,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -38,7 +40,7 @@ def adamw_(
         # one subtraction: p * (1 - lr * weight_decay) would repeat the same rounding error of the factor every step
         p.sub_(torch.div(m, denominator, out=denominator).mul_(step_size).add_(p, alpha=lr * weight_decay))
 
-    _update_(update, (params, exp_avgs, exp_avg_sqs), grads, steps, transform, rounding)
+    _update_(update, (params, exp_avgs, exp_avg_sqs), grads, steps, shards, transform, rounding)
 
 
 def scaled_update_(
@@ -48,6 +50,7 @@ def scaled_update_(
     *,
     lr: float | Tensor,
     weight_decay: float,
+    shards: Sequence[Shard | None] | None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -57,7 +60,7 @@ def scaled_update_(
     def update(step: int, p: Tensor, g: Tensor) -> None:
         p.sub_((g * lr).add_(p, alpha=lr * weight_decay))
 
-    _update_(update, (params,), grads, steps, transform, rounding)
+    _update_(update, (params,), grads, steps, shards, transform, rounding)
 
 
 @torch.no_grad()
@@ -80,6 +83,7 @@ def _update_(
     targets: Sequence[Sequence[Tensor]],
     grads: Sequence[Tensor],
     steps: Sequence[Tensor],
+    shards: Sequence[Shard | None] | None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -88,6 +92,7 @@ def _update_(
         return
     for index, (grad, key) in enumerate(zip(grads, rounding.keys(len(grads)), strict=True)):
         step = int(steps[index].add_(1))
+        shard = None if shards is None else shards[index]
         for start, (gradient, *stored) in blocks(grad, *(tensors[index] for tensors in targets)):
             g, unscaled = read_gradient(gradient, transform)
             usable = _usable(g, unscaled, transform)
@@ -96,7 +101,7 @@ def _update_(
             for stream, (target, value) in enumerate(zip(stored, values, strict=True)):
                 if usable is not None:
                     value = torch.where(usable, value, target)
-                store_(target, value, rounding.stochastic, stream_key(key, step, stream), start)
+                store_(target, value, rounding.stochastic, stream_key(key, step, stream), start, shard)
 
 
 def _usable(g: Tensor, unscaled: Tensor, transform: GradTransform) -> Tensor | None:

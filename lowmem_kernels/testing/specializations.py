@@ -59,6 +59,10 @@ def _adamw_cases() -> Iterator[CompileCase]:
         flags = {"STATE": _DTYPES[state], "STOCHASTIC": stochastic, "clip_value": None}
         name = f"adamw-{param}-state_{state}-{layout}-{'stochastic' if stochastic else 'nearest'}"
         yield _case(name, elementwise._adamw_kernel, signature, param, layout, flags)
+    for name, digits in (("range", 1), ("pieces", 2)):
+        flags = {"STATE": _DTYPES["fp32"], "STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
+        name = f"adamw-bf16-state_fp32-{name}_of_whole"
+        yield _case(name, elementwise._adamw_kernel, signature, "bf16", "aligned", flags)
 
 
 def _scaled_update_cases() -> Iterator[CompileCase]:
@@ -74,6 +78,10 @@ def _scaled_update_cases() -> Iterator[CompileCase]:
         name = f"scaled_update-{param}-{layout}-{'stochastic' if stochastic else 'nearest'}"
         flags = {"STOCHASTIC": stochastic, "clip_value": None}
         yield _case(name, elementwise._scaled_update_kernel, signature, param, layout, flags)
+    for name, digits in (("range", 1), ("pieces", 2)):
+        shard = {"STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
+        name = f"scaled_update-bf16-{name}_of_whole"
+        yield _case(name, elementwise._scaled_update_kernel, signature, "bf16", "aligned", shard)
     # lr on the device, clipping by value, nothing optional left out or nothing given
     everything = {**signature, "lr": "*fp32", "clip_value": "fp32"}
     yield _case(
@@ -100,7 +108,7 @@ def _case(
     name: str, kernel: Any, signature: dict[str, str], dtype: str, layout: str, flags: dict[str, Any]
 ) -> CompileCase:
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "SKIP_NONFINITE": True,
+        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "SKIP_NONFINITE": True, "DIGITS": 0,
         "ALIGNED": LAYOUTS[layout].aligned, "STRIDED": LAYOUTS[layout].strided, **flags,
     }  # fmt: skip
     return CompileCase(
@@ -114,7 +122,7 @@ def _case(
 
 
 def _planned(case: CompileCase, warp_size: int) -> CompileCase:
-    layout = Layout(case.constexprs["ALIGNED"], case.constexprs["STRIDED"])
+    layout = Layout(case.constexprs["ALIGNED"], case.constexprs["STRIDED"], case.constexprs.get("DIGITS", 0))
     plan = plan_elementwise(_LONG_TILE, layout, warp_size)
     return replace(
         case,

@@ -38,6 +38,8 @@ class AdamW(LowMemOptimizer):
     Source: arXiv 1711.05101, algorithm 2; the decay is multiplied by lr as in torch.optim.AdamW.
     """
 
+    takes_shards = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -81,5 +83,6 @@ class AdamW(LowMemOptimizer):
             betas=group["betas"],
             eps=group["eps"],
             weight_decay=group["weight_decay"],
+            shards=bucket.shards,
             **bucket.options(),
         )

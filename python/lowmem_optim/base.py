@@ -14,10 +14,11 @@ from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
-from .buckets import OWN_RULE, Bucket, Part
+from .buckets import OWN_RULE, Bucket, Part, facts_of
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 from .clipping import on_device, stats_of_all, with_stats
+from .sharding import check_placements, check_sharding, placing
 
 StateDict = dict[str, Any]
 
@@ -79,6 +80,9 @@ class LowMemOptimizer(Optimizer):
     #: the options that a constructor takes as ``**options``
     common_defaults: ClassVar[Mapping[str, Any]] = COMMON_DEFAULTS
 
+    #: whether parameters may be DTensors
+    takes_shards: ClassVar[bool] = False
+
     #: how checkpoints of other optimizers load
     foreign = Foreign()
 
@@ -93,6 +97,7 @@ class LowMemOptimizer(Optimizer):
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for a parameter that cannot be optimized with the options of its group."""
         check_param(param, group)
+        check_sharding(param, self)
 
     def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Return which of the optimizer's rules, if it has several, updates a parameter; those of a bucket have one."""
@@ -148,6 +153,8 @@ class LowMemOptimizer(Optimizer):
             self.begin_step(buckets)
             for bucket in buckets:
                 self.update(bucket)
+                # autograd sees no writes to what a DTensor has here
+                torch.autograd.graph.increment_version(bucket.wholes)
         finally:
             for bucket in buckets:
                 bucket.grads = Gradients()  # buckets outlive the step, gradients need not
@@ -180,20 +187,14 @@ class LowMemOptimizer(Optimizer):
         """
         # what a bucket depends on. Tensors and states are compared by identity
         objects = [*params, *self.param_groups, *states()]
-        facts = (
-            [len(group["params"]) for group in self.param_groups],
-            [*map(Tensor.data_ptr, params)],
-            [param.dtype for param in params],
-            [None if grad is None else grad.dtype for grad in grads],
-            [None if grad is None else grad.layout for grad in grads],
-        )
+        facts, local_grads = facts_of(self.param_groups, params, grads)
         if known is None or known.facts != facts or not _same_objects(known.objects, objects):
             buckets, places = self._make_buckets(members(), grads)
             # states may have been made just now
             objects = [*params, *self.param_groups, *states()]
             known = Known(objects, facts, buckets, places)
         for bucket, where in zip(known.buckets, known.places, strict=True):
-            bucket.take([grads[i] for i in where])  # type: ignore[misc]
+            bucket.take([local_grads[i] for i in where])  # type: ignore[misc]
             bucket.notice()
         return known
 
@@ -206,7 +207,8 @@ class LowMemOptimizer(Optimizer):
             if grad is not None:
                 group, param = member.group, member.param
                 for part in self.parts_of(param, group, member.place):
-                    kind = (id(group), part.rule, param.device, param.dtype, grad.dtype, grad.layout)
+                    where = (param.device, placing(param), placing(grad))
+                    kind = (id(group), part.rule, *where, param.dtype, grad.dtype, grad.layout)
                     if kind not in checked:
                         self._check_gradient(group, param, grad, member.identity)
                         checked.add(kind)
@@ -219,9 +221,9 @@ class LowMemOptimizer(Optimizer):
             members.setdefault((kind, *_narrow_parts(state)), []).append(one)
         buckets, places = [], []
         for each in members.values():
-            groups, params, states, parts, where = zip(*each, strict=True)
+            groups, params, states, parts, positions = zip(*each, strict=True)
             buckets.append(Bucket(groups[0], params, states, parts))
-            places.append(list(where))
+            places.append(list(positions))
         return buckets, places
 
     def _check_gradient(self, group: dict[str, Any], param: Tensor, grad: Tensor, identity: str | int) -> None:
@@ -229,6 +231,7 @@ class LowMemOptimizer(Optimizer):
         if grad.layout is not torch.strided:
             raise RuntimeError(f"the gradient of {identity!r} is {grad.layout}; allowed: dense gradients")
         self.check_param(param, group)
+        check_placements(param, grad, identity)
         if grad.dtype not in PARAM_DTYPES:
             allowed = ", ".join(map(name_of, PARAM_DTYPES))
             raise TypeError(f"the gradient of {identity!r} is {name_of(grad.dtype)}; allowed: {allowed}")
@@ -238,7 +241,7 @@ class LowMemOptimizer(Optimizer):
         """Give every bucket its GradTransform, without waiting for the device."""
         grad_scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inv_scale = None if grad_scale is None else grad_scale.float().reciprocal()
-        stats = stats_of_all(buckets)
+        stats, found_inf = stats_of_all(self.param_groups, buckets, found_inf)
         if stats is not None:
             self.count_nonfinite(stats)
         for bucket in buckets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +12,10 @@ from torch import Tensor
 
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import rounds_stochastically
+from lowmem_kernels.shards import Shard
 from lowmem_kernels.tensors import Gradients, Tensors
+
+from .sharding import any_sharded, cuts_of, is_sharded, local_of, locals_of, placing, shard_of
 
 T = TypeVar("T")
 
@@ -46,16 +49,24 @@ class Bucket:
     """Parts of parameters of one group that share rule, device and dtypes, with their states and, in a step, gradients.
 
     Nearly always a part is the whole parameter. Made once and kept from step to step, so that verbs find the same
-    `Tensors`.
+    `Tensors`. Of parameters that are DTensors, and of their states and gradients, it has what is in this process; they
+    then have the same mesh and placements.
     """
 
     def __init__(
-        self, group: dict[str, Any], params: Iterable[Tensor], states: Iterable[dict[str, Any]], parts: Iterable[Part]
+        self, group: dict[str, Any], params: Sequence[Tensor], states: Iterable[dict[str, Any]], parts: Iterable[Part]
     ) -> None:
         self.group = group
         self.parts = list(parts)
         self.rule = self.parts[0].rule
-        self.params = Tensors([part.of(param) for part, param in zip(self.parts, params, strict=True)])
+        #: the parameters themselves if they are DTensors
+        self.wholes = [param for param in params if is_sharded(param)]
+        here = locals_of(params)
+        self.params = Tensors([part.of(param) for part, param in zip(self.parts, here, strict=True)])
+        #: which elements of the wholes are here, None where they are all or the first
+        self.shards: list[Shard | None] | None = None
+        if self.wholes:
+            self.shards = [shard_of(param.shape, cuts_of(param)) for param in self.wholes]
         self.states = list(states)
         narrowed = [(i, part.where) for i, part in enumerate(self.parts) if part.where is not None]
         self._narrowed = [i for i, _ in narrowed]
@@ -76,7 +87,7 @@ class Bucket:
         return self.params[0].device
 
     def take(self, grads: list[Tensor]) -> None:
-        """Take the gradients of the parameters, of which a part of one is a view."""
+        """Take the gradients of the parameters, or what of them is here, of which a part of one is a view."""
         if self._narrowed:
             views = map(torch.narrow, [grads[i] for i in self._narrowed], *self._wheres)
             for i, view in zip(self._narrowed, views, strict=True):
@@ -88,10 +99,10 @@ class Bucket:
         values = [*chain.from_iterable(map(dict.values, self.states))]
         # in C, since this is done in every step for every tensor
         same = len(values) == len(self._values) and all(map(is_, values, self._values))
-        if not same or [*map(Tensor.data_ptr, self._tensors)] != self._addresses:
+        if not same or [*map(Tensor.data_ptr, locals_of(self._tensors))] != self._addresses:
             self._values = values
             self._tensors = [value for value in values if isinstance(value, Tensor)]
-            self._addresses = [*map(Tensor.data_ptr, self._tensors)]
+            self._addresses = [*map(Tensor.data_ptr, locals_of(self._tensors))]
             self._lists = {}
 
     def state(self, key: str, otherwise: str = "") -> Tensors:
@@ -99,7 +110,7 @@ class Bucket:
         if key not in self._lists:
             self._lists[key] = Tensors(
                 [
-                    state.get(part.key(key), state.get(part.key(otherwise)))
+                    local_of(state.get(part.key(key), state.get(part.key(otherwise))))
                     for state, part in zip(self.states, self.parts, strict=True)
                 ]
             )
@@ -120,3 +131,20 @@ class Bucket:
             "rounding": Rounding(stochastic=stochastic, seed=self.group["seed"], uids=self.uids),
             "backend": self.group["backend"],
         }
+
+
+def facts_of(
+    groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor | None]
+) -> tuple[tuple[list[Any], ...], Sequence[Tensor | None]]:
+    """Return what buckets depend on besides objects, and the gradients, of DTensors what of them is here."""
+    local_grads = locals_of(grads)
+    facts: tuple[list[Any], ...] = (
+        [len(group["params"]) for group in groups],
+        [*map(Tensor.data_ptr, locals_of(params))],
+        [param.dtype for param in params],
+        [None if grad is None else grad.dtype for grad in grads],
+        [None if grad is None else grad.layout for grad in grads],
+    )
+    if any_sharded(params) or any_sharded(grads):
+        facts += ([*map(placing, params)], [*map(placing, grads)])
+    return facts, local_grads

@@ -12,6 +12,8 @@ from torch import Tensor
 
 from lowmem_kernels.numerics import name_of
 
+from .sharding import dtensor_of, is_sharded, local_of, placed
+
 
 def uid_of(identity: str | int) -> int:
     """Return what tells a parameter's rounding noise from another's: a position itself, or 56 bits of a name's hash."""
@@ -68,17 +70,18 @@ def converted_state(
             f"the state of parameter {identity!r} has keys {sorted(saved.keys() - {'uid'})}; allowed: {sorted(allowed)}"
         )
     state: dict[str, Any] = {
-        "step": torch.as_tensor(saved["step"]).detach().to(param.device, torch.float32, copy=True),
+        "step": torch.as_tensor(local_of(saved["step"])).detach().to(param.device, torch.float32, copy=True),
         "uid": int(saved.get("uid", uid_of(identity))),
     }
-    for key, like in expected.items():
+    for key, new in expected.items():
         value, name = saved[key], f"{key} of parameter {identity!r}"
-        if not isinstance(value, Tensor) or value.shape != like.shape or not value.is_floating_point():
-            raise ValueError(f"{name} is {_described(value)}; allowed: floating-point of shape {tuple(like.shape)}")
-        wider = torch.promote_types(value.dtype, like.dtype)
+        if not isinstance(value, Tensor) or value.shape != new.shape or not value.is_floating_point():
+            raise ValueError(f"{name} is {_described(value)}; allowed: floating-point of shape {tuple(new.shape)}")
+        wider = torch.promote_types(value.dtype, new.dtype)
         # float64 is the one dtype that nothing here computes in
         dtype = torch.float32 if wider is torch.float64 else wider
-        state[key] = value.detach().to(param.device, dtype, copy=True).contiguous()
+        local = placed(value.detach(), param, name).to(param.device, dtype, copy=True).contiguous()
+        state[key] = dtensor_of(local, param) if is_sharded(param) else local
     return state
 
 

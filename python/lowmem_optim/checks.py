@@ -94,8 +94,6 @@ def check_param(param: Tensor, group: Mapping[str, Any]) -> None:
     """Raise TypeError or ValueError for a parameter that cannot be optimized."""
     if param.dtype not in PARAM_DTYPES:
         raise TypeError(f"a parameter is {name_of(param.dtype)}; allowed: {', '.join(map(name_of, PARAM_DTYPES))}")
-    if hasattr(param, "placements"):
-        raise TypeError("a parameter is a DTensor; sharded parameters are not supported yet: allowed: plain tensors")
     rounds_stochastically(param.dtype, group["stochastic_rounding"])
 
 

@@ -7,20 +7,77 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import grad_stats
 
 from .buckets import Bucket
+from .sharding import any_sharded, is_first_copy, is_sharded, local_of, process_groups
 
 
-def stats_of_all(buckets: list[Bucket]) -> Tensor | None:
-    """`grad_stats` over all buckets on the first one's device, if an option of any of them needs it."""
-    if not any(b.group["skip_nonfinite"] == "step" or b.group.get("clip_grad_norm") is not None for b in buckets):
-        return None
+def stats_of_all(
+    groups: list[dict[str, Any]], buckets: list[Bucket], found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(`grad_stats` over all buckets on the first one's device, if an option of any group needs it, and found_inf).
+
+    Where parameters are DTensors both are over all processes, so that all do the same.
+    """
+    params = [param for group in groups for param in group["params"]]
+    if any_sharded(params):
+        return _stats_of_processes(groups, params, buckets, found_inf)
+    if not any(_needs_stats(bucket.group) for bucket in buckets):
+        return None, found_inf
     stats = [grad_stats(bucket.grads, backend=bucket.group["backend"]) for bucket in buckets]
-    return torch.stack([s.to(stats[0].device, non_blocking=True) for s in stats]).sum(0)
+    return torch.stack([s.to(stats[0].device, non_blocking=True) for s in stats]).sum(0), found_inf
+
+
+def _needs_stats(group: Mapping[str, Any]) -> bool:
+    return group["skip_nonfinite"] == "step" or group.get("clip_grad_norm") is not None
+
+
+def _stats_of_processes(
+    groups: list[dict[str, Any]], params: list[Any], buckets: list[Bucket], found_inf: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `stats_of_all`. One all-reduce of 16 bytes where all meshes are of all processes, or none; nothing waits.
+
+    Its vector is [sum of squares, number of NaN and Inf, whether any process has one, whether any has found_inf]; of
+    copies, the first counts in the sums. Which collectives there are depends on parameters and options only, not on
+    what has a gradient here.
+    """
+    needed = any(map(_needs_stats, groups))
+    if not needed and found_inf is None:
+        return None, None
+    device = local_of(params[0]).device
+    meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
+    parts: dict[tuple[Any, ...], list[Tensor]] = {(): []}
+    # the smallest first: what one has found goes along to the next
+    for mesh in sorted(meshes, key=lambda mesh: mesh.size()):
+        parts.setdefault(process_groups(mesh), [])
+    for bucket in buckets if needed else ():
+        squares, count = grad_stats(bucket.grads, backend=bucket.group["backend"]).to(device, non_blocking=True)
+        whole: Any = bucket.wholes[0] if bucket.wholes else None
+        nothing = torch.zeros_like(count)
+        vector = torch.stack(
+            [squares, count, count, nothing]
+            if whole is None or is_first_copy(whole)
+            else [nothing, nothing, count, nothing]
+        )
+        parts[() if whole is None else process_groups(whole.device_mesh)].append(vector)
+    sums = torch.zeros(2, device=device)
+    flags = torch.zeros(2, device=device)
+    if found_inf is not None:
+        flags[1] = local_of(found_inf).to(device, torch.float32, non_blocking=True).squeeze()
+    for over, vectors in parts.items():
+        vector = torch.cat([torch.zeros_like(sums), flags])
+        for part in vectors:
+            vector += part
+        for group in over:
+            dist.all_reduce(vector, group=group)
+        sums, flags = sums + vector[:2], vector[2:].clamp(max=1)
+    sums[1] = torch.maximum(sums[1], flags[0])
+    return sums if needed else None, None if found_inf is None else flags[1]
 
 
 def with_stats(

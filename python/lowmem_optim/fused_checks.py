@@ -38,8 +38,9 @@ def check_model(model: nn.Module, optimizer: LowMemOptimizer) -> None:
     for name, module in model.named_modules():
         if _is_sharded(module):
             raise TypeError(
-                f"{name or 'model'} is sharded by FSDP; sharded parameters are not supported yet: allowed: whole "
-                "parameters, also with DistributedDataParallel"
+                f"{name or 'model'} is sharded by FSDP, which reduces gradients after the time at which fuse_backward "
+                "would use them; allowed: optimizer.step(), which AdamW and Lomo do for shards, or whole parameters, "
+                "also in DistributedDataParallel"
             )
     params = set(model.parameters())
     missing = [member.identity for member in optimizer.members() if member.param not in params]

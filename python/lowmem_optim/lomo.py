@@ -36,6 +36,8 @@ class Lomo(LowMemOptimizer):
     Source: arXiv 2306.09782; order of scale, clamp and clip as in the lomo-optim package.
     """
 
+    takes_shards = True
+
     def __init__(
         self,
         params: ParamsT,
@@ -67,5 +69,6 @@ class Lomo(LowMemOptimizer):
             bucket.state("step"),
             lr=bucket.group["lr"],
             weight_decay=bucket.group["weight_decay"],
+            shards=bucket.shards,
             **bucket.options(),
         )

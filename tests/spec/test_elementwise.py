@@ -140,7 +140,9 @@ def test_transforms_in_their_order():
     """Unscale, clip by value in unscaled units, then the norm coefficient: any other order gives another number."""
     p, g, step = torch.zeros(1), torch.tensor([96.0]), torch.tensor(0.0)
     transform = GradTransform(torch.tensor(0.125), clip_value=4.0, clip_coef=torch.tensor(0.5), maximize=True)
-    reference.scaled_update_([p], [g], [step], lr=1.0, weight_decay=0.0, transform=transform, rounding=Rounding())
+    reference.scaled_update_(
+        [p], [g], [step], lr=1.0, weight_decay=0.0, shards=None, transform=transform, rounding=Rounding()
+    )
     assert p.item() == 2.0
 
 

@@ -1,0 +1,89 @@
+"""Parameters, gradients and optimizers for processes that hold shards, and a model without a backward pass."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import Replicate, distribute_tensor
+
+from lowmem_optim import AdamW, Lomo
+from optim.tensors import values
+
+#: Of up to 4 processes, some have nothing of most of these along one dimension or the other.
+SHAPES = [(8, 6), (16, 3, 5), (8,), (7, 5), (1, 6), (5, 1), (3, 4, 5), (1,), (0, 4), ()]
+
+
+@dataclass(frozen=True)
+class Config:
+    """An optimizer with options, collectives in one of its steps, whether shards end with the bits of the whole."""
+
+    name: str
+    optimizer: type
+    dtype: torch.dtype
+    options: dict[str, Any] = field(default_factory=dict)
+    collectives: int = 0
+    same_bits: bool = True
+
+    def make(self, params):
+        return self.optimizer(params, lr=1e-2, weight_decay=0.1, **self.options)
+
+
+CONFIGS = [
+    Config("AdamW, float32", AdamW, torch.float32),
+    Config("AdamW, bfloat16", AdamW, torch.bfloat16),
+    Config("AdamW, bfloat16 and states, skipping steps", AdamW, torch.bfloat16,
+           {"state_dtype": "param", "skip_nonfinite": "step"}, collectives=1),
+    Config("Lomo, bfloat16", Lomo, torch.bfloat16),
+    Config("Lomo, float32, clip_grad_norm", Lomo, torch.float32,
+           {"clip_grad_norm": 1.0}, collectives=1, same_bits=False),
+]  # fmt: skip
+
+
+def starts(dtype):
+    return [values(*shape, seed=i).to(dtype) for i, shape in enumerate(SHAPES)]
+
+
+def gradients(step, dtype):
+    return [values(*shape, seed=100 * step + i + 50).to(dtype) for i, shape in enumerate(SHAPES)]
+
+
+def distributed(tensor, mesh, placements):
+    """A tensor that all processes have, as a DTensor; what cannot be cut like this is cut otherwise, or copied."""
+    allowed = []
+    for size, placement in zip(mesh.shape, placements, strict=True):
+        dim = getattr(placement, "dim", 0)
+        deal = getattr(placement, "split_factor", 1)
+        uneven = deal > 1 and len(set(placements)) == 1 and tensor.ndim and tensor.shape[dim] % (deal * size)
+        allowed.append(Replicate() if dim >= tensor.ndim or uneven else placement)
+    return distribute_tensor(tensor, mesh, allowed, src_data_rank=None)
+
+
+class Model(nn.Module):
+    """Parameters that get gradients without a backward pass, on a mesh or, with None, whole."""
+
+    def __init__(self, mesh, placements, fill=None):
+        super().__init__()
+        params = starts(torch.bfloat16)
+        if fill is not None:
+            params = [torch.full_like(p, fill) for p in params]
+        # a checkpoint has nothing of what has no elements
+        params = [p for p in params if p.numel()]
+        self.place = (lambda t: t) if mesh is None else (lambda t: distributed(t, mesh, placements))
+        self.weights = nn.ParameterList([nn.Parameter(self.place(p)) for p in params])
+
+    def step(self, optimizer, step):
+        grads = [g for g in gradients(step, torch.bfloat16) if g.numel()]
+        for param, grad in zip(self.parameters(), grads, strict=True):
+            param.grad = self.place(grad)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def load(self, optimizer, states):
+        self.load_state_dict(states["model"])
+        set_optimizer_state_dict(self, optimizer, states["optimizer"])
+
+
+def state_dicts(model, optimizer):
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}

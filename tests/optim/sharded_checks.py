@@ -1,0 +1,254 @@
+"""What processes with shards do besides equal numbers: models that FSDP2 shards, copies, skipped steps, refusals."""
+
+import copy
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from lowmem_kernels.numerics import parity_tolerance
+from lowmem_optim import AdamW, Lomo, fuse_backward
+from lowmem_optim.sharding import local_of
+from optim.sharded import distributed, gradients, starts
+from optim.tensors import assert_same_bits, copies
+
+ROWS = (Shard(0),)
+
+
+def is_refused(optimizer, mesh, placements):
+    """By a sentence that names the optimizer and what to use, and the same for a group that is added later."""
+    sharded = nn.Parameter(distributed(torch.ones(8, 6), mesh, placements))
+    message = (
+        f"a parameter is a DTensor, and {optimizer.__name__} does not take sharded parameters; allowed: .*AdamW or"
+    )
+    with pytest.raises(TypeError, match=message):
+        optimizer([sharded])
+    made = optimizer([nn.Parameter(torch.ones(8, 6))])
+    with pytest.raises(TypeError, match=message):
+        made.add_param_group({"params": [sharded]})
+    assert len(made.param_groups) == 1
+    assert not made.state
+
+
+def net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.LayerNorm(7), nn.Linear(7, 3, bias=False)).bfloat16()
+
+
+def trained(model, make, steps=4):
+    """Every process has the same data: the average of equal gradients of 2 or 4 processes has their bits."""
+    optimizer = make(model.named_parameters())
+    for step in range(steps):
+        x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).bfloat16()
+        model(x).float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return [p.full_tensor() if isinstance(p, DTensor) else p.detach() for p in model.parameters()]
+
+
+def models_that_fsdp_shards(size):
+    makes = [lambda params: AdamW(params, lr=1e-2), lambda params: Lomo(params, lr=1e-1)]
+    meshes = [init_device_mesh("cpu", (size,))]
+    meshes += [init_device_mesh("cpu", (2, 2), mesh_dim_names=("copies", "shards"))] if size == 4 else []
+    for make in makes:
+        expected = trained(net(), make)
+        for mesh in meshes:
+            model = net()
+            for layer in (model[0], model[3], model):
+                fully_shard(layer, mesh=mesh)
+            assert_same_bits(trained(model, make), expected)
+
+
+def models_with_tensor_parallel_and_fsdp():
+    """Placements as PyTorch makes them, _StridedShard among them; sums over tensor-parallel processes differ in order.
+
+    The norm is on the data dimension of the mesh only, which costs a collective of its own.
+    """
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+
+    def make():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3), nn.LayerNorm(3))
+
+    def run(model):
+        optimizer = Lomo(model.parameters(), lr=1e-1, clip_grad_norm=0.05)
+        for step in range(4):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step))
+            (model(x) - x[:, :3]).square().mean().backward()
+            with CommDebugMode() as collectives:
+                optimizer.step()
+            optimizer.zero_grad()
+        return collectives.get_total_counts()
+
+    whole, model = make(), make()
+    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    fully_shard(model, mesh=mesh["data"])
+    assert any("_StridedShard" in str(p.placements[0].__class__) for p in model.parameters())
+    run(whole)
+    assert run(model) == 2
+    for p, q in zip(whole.parameters(), model.parameters(), strict=True):
+        torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
+
+
+def sharded_optimizer(mesh, placements=ROWS, **options):
+    params = [nn.Parameter(distributed(p, mesh, placements)) for p in starts(torch.bfloat16)]
+    return params, AdamW(params, lr=1e-2, **options)
+
+
+def give(params, step, mesh, placements=ROWS):
+    for param, grad in zip(params, gradients(step, torch.bfloat16), strict=True):
+        param.grad = distributed(grad, mesh, placements)
+
+
+def locals_of(params):
+    return [p.to_local().detach().clone() for p in params]
+
+
+def copies_and_loaded_states_carry_on(mesh):
+    params, optimizer = sharded_optimizer(mesh, seed=4)
+    plain = [nn.Parameter(p) for p in starts(torch.bfloat16)]
+    whole = AdamW(plain, lr=1e-2, seed=4)
+    for step in range(2):
+        give(params, step, mesh)
+        optimizer.step()
+        for param, grad in zip(plain, gradients(step, torch.bfloat16), strict=True):
+            param.grad = grad
+        whole.step()
+    twins, twin = copy.deepcopy((params, optimizer))
+    runs = [(params, optimizer), (twins, twin)]
+    for state in (optimizer.state_dict(), whole.state_dict()):
+        others, other = sharded_optimizer(mesh)
+        for a, b in zip(others, params, strict=True):
+            a.to_local().detach().copy_(b.to_local())
+        other.load_state_dict(state)
+        runs.append((others, other))
+    for some, one in runs:
+        give(some, 2, mesh)
+        one.step()
+    for some, one in runs[1:]:
+        assert_same_bits(locals_of(some), locals_of(params))
+        assert [one.state[p]["uid"] for p in some] == [optimizer.state[p]["uid"] for p in params]
+        assert all(type(one.state[p]["exp_avg"]) is DTensor for p in some)
+    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is a DTensor on .*; allowed: whole tensors"):
+        whole.load_state_dict(optimizer.state_dict())
+
+
+def all_skip_together(rank, mesh, size):
+    """Also where a copy is bad that is not the first, which alone counts in the norm."""
+    skips = {"skip_nonfinite": "step"}
+    for options, where, placed in ((skips, "grad", ROWS), (skips, "grad", (Replicate(),)), ({}, "found_inf", ROWS)):
+        params, optimizer = sharded_optimizer(mesh, placed, **options)
+        give(params, 0, mesh, placed)
+        optimizer.step()
+        before, states = locals_of(params), copy.deepcopy([optimizer.state[p] for p in params])
+        give(params, 1, mesh, placed)
+        if where == "grad" and rank == size - 1:
+            params[0].grad.to_local()[0, 0] = float("nan")
+        if where == "found_inf":
+            optimizer.found_inf = torch.tensor(float(rank == size - 1))
+        with mock.patch.object(dist, "all_reduce", wraps=dist.all_reduce) as reduced:
+            optimizer.step()
+        assert [call.args[0].nbytes for call in reduced.call_args_list] == [16]
+        assert_same_bits(locals_of(params), before)
+        assert all(optimizer.state[p]["step"] == s["step"] == 1 for p, s in zip(params, states, strict=True))
+        assert optimizer.nonfinite_count() == (where == "grad")
+
+
+def a_grad_scaler_skips_in_all_processes(rank, mesh):
+    scaler, model = torch.amp.GradScaler("cpu"), net().float()
+    fully_shard(model, mesh=mesh)
+    optimizer = AdamW(model.parameters(), lr=1e-2)
+    for bad in (False, True):
+        scaler.scale(model(torch.ones(4, 5)).square().mean()).backward()
+        before = locals_of(model.parameters())
+        if bad and rank == 1:
+            model[0].weight.grad.to_local()[0, 0] = float("inf")
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 2.0 ** (15 if bad else 16)
+        same = [torch.equal(a, b) for a, b in zip(before, locals_of(model.parameters()), strict=True) if a.numel()]
+        assert all(same) if bad else not any(same)
+
+
+def whole_parameters_among_shards(mesh):
+    """Of equal values in all processes, they count once in the norm; with a bad gradient in one of them all skip."""
+    plain = [nn.Parameter(p.float()) for p in starts(torch.bfloat16)]
+    mixed = [nn.Parameter(distributed(p.data, mesh, ROWS) if i % 2 else p.data.clone()) for i, p in enumerate(plain)]
+    runs = [(params, Lomo(params, lr=0.1, clip_grad_norm=0.5)) for params in (plain, mixed)]
+    for step in range(3):
+        for params, optimizer in runs:
+            for param, grad in zip(params, gradients(step, torch.float32), strict=True):
+                param.grad = distributed(grad, mesh, ROWS) if isinstance(param, DTensor) else grad
+            optimizer.step()
+    for start, a, b in zip(starts(torch.bfloat16), plain, mixed, strict=True):
+        found = b.full_tensor() if isinstance(b, DTensor) else b
+        assert (found - a).norm() <= parity_tolerance(start, a, 3)
+    before = [local_of(p).detach().clone() for p in mixed]
+    if mesh.get_local_rank() == 0:
+        mixed[0].grad[0, 0] = float("inf")
+    runs[1][1].step()
+    assert_same_bits([local_of(p).detach() for p in mixed], before)
+
+
+def a_gradient_in_no_process_skips_no_collective(mesh):
+    _, optimizer = sharded_optimizer(mesh, skip_nonfinite="step")
+    with CommDebugMode() as collectives:
+        optimizer.step()
+    assert collectives.get_total_counts() == 1
+    assert not optimizer.state
+
+
+def placements_that_are_refused(mesh):
+    params, optimizer = sharded_optimizer(mesh)
+    before = copies([p.to_local() for p in params])
+    give(params, 0, mesh)
+    params[-3].grad = DTensor.from_local(torch.ones(1).bfloat16(), mesh, [Partial()])
+    with pytest.raises(TypeError, match=r"the gradient of 7 is a DTensor with \(Partial.*; allowed: a DTensor with"):
+        optimizer.step()
+    assert_same_bits(locals_of(params), before)
+    assert not optimizer.state
+    partial = nn.Parameter(DTensor.from_local(torch.ones(4, 4), mesh, [Partial()]))
+    with pytest.raises(
+        TypeError, match=r"a parameter is a DTensor with Partial.*; allowed: Shard, _StridedShard, Replicate"
+    ):
+        AdamW([partial])
+
+
+def fused_backward_is_refused(mesh):
+    model = net()
+    fully_shard(model, mesh=mesh)
+    with pytest.raises(TypeError, match=r"model is sharded by FSDP.*; allowed: optimizer.step\(\)"):
+        fuse_backward(model, AdamW(model.named_parameters()))
+
+
+def autograd_sees_the_update(mesh):
+    """A backward pass through a parameter that a step has changed meanwhile raises, as torch.optim's do."""
+    param = nn.Parameter(distributed(torch.ones(4, 4), mesh, (Replicate(),)))
+    optimizer = AdamW([param], lr=0.1)
+    loss = (param * param).sum()
+    param.grad = distributed(torch.ones(4, 4), mesh, (Replicate(),))
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def run(rank, size):
+    mesh = init_device_mesh("cpu", (size,))
+    models_that_fsdp_shards(size)
+    if size == 4:
+        models_with_tensor_parallel_and_fsdp()
+    copies_and_loaded_states_carry_on(mesh)
+    all_skip_together(rank, mesh, size)
+    a_grad_scaler_skips_in_all_processes(rank, mesh)
+    whole_parameters_among_shards(mesh)
+    a_gradient_in_no_process_skips_no_collective(mesh)
+    placements_that_are_refused(mesh)
+    fused_backward_is_refused(mesh)
+    autograd_sees_the_update(mesh)

@@ -1,0 +1,176 @@
+"""One of the processes that hold shards of parameters: python sharded_worker.py RANK PROCESSES FOLDER.
+
+Process 0 writes the table of what works into FOLDER/table-PROCESSES.md. Two processes leave a checkpoint there, from
+which four, and three of them, carry on.
+"""
+
+import os
+import sys
+import traceback
+from contextlib import nullcontext
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor.debug import CommDebugMode
+from torch.distributed.tensor.placement_types import _StridedShard
+
+import optim.sharded_checks as checks
+from lowmem_kernels.numerics import parity_tolerance
+from lowmem_optim import AdamW, Lomo
+from optim.cases import exported
+from optim.sharded import CONFIGS, Model, distributed, gradients, starts, state_dicts
+from optim.tensors import assert_same_bits, copies, same_bits
+
+RANK, SIZE, FOLDER = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+STEPS = 20
+
+LINE = {
+    "Shard(0)": (Shard(0),),
+    "Shard(1)": (Shard(1),),
+    "Replicate": (Replicate(),),
+    "_StridedShard(0)": (_StridedShard(0, split_factor=2),),
+}
+SQUARE = {
+    "Replicate, Shard(0)": (Replicate(), Shard(0)),
+    "Shard(0), Shard(0)": (Shard(0), Shard(0)),
+    "Shard(0), Shard(1)": (Shard(0), Shard(1)),
+    "_StridedShard(0), Shard(0)": (_StridedShard(0, split_factor=2), Shard(0)),
+}
+
+
+def placements_and_meshes():
+    line = init_device_mesh("cpu", (SIZE,))
+    names = LINE if SIZE == 2 else ("Shard(0)", "Shard(1)")
+    yield from ((name, line, LINE[name]) for name in names)
+    if SIZE == 4:
+        square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+        yield from ((name, square, placements) for name, placements in SQUARE.items())
+
+
+def whole_run(config):
+    """Parameters and states of a single process."""
+    params = [nn.Parameter(p) for p in starts(config.dtype)]
+    optimizer = config.make(params)
+    for step in range(STEPS):
+        for param, grad in zip(params, gradients(step, config.dtype), strict=True):
+            param.grad = grad
+        optimizer.step()
+    return copies(params), [optimizer.state[p] for p in params]
+
+
+def sharded_run(config, mesh, placements):
+    """The same of shards, put together again, and collectives of a step."""
+    params = [nn.Parameter(distributed(p, mesh, placements)) for p in starts(config.dtype)]
+    optimizer = config.make(params)
+    optimizer.init_state()
+    for step in range(STEPS):
+        for param, grad in zip(params, gradients(step, config.dtype), strict=True):
+            param.grad = distributed(grad, mesh, placements)
+        with CommDebugMode() if step == STEPS - 1 else nullcontext() as collectives:
+            optimizer.step()
+    assert collectives.get_total_counts() == config.collectives, config.name
+    for param in params:
+        moments = [value for key, value in optimizer.state[param].items() if key not in ("step", "uid")]
+        assert all(isinstance(m, DTensor) and m.placements == param.placements for m in moments)
+        assert all(m.to_local().is_contiguous() for m in moments)
+    whole = [p.detach().full_tensor() for p in params]
+    return whole, [
+        {k: v.full_tensor() if isinstance(v, DTensor) else v for k, v in optimizer.state[p].items()} for p in params
+    ]
+
+
+def equals_one_process(rows):
+    """Without sums over processes all bits are the same; with them, float32 within the project's tolerance."""
+    references = {config.name: whole_run(config) for config in CONFIGS}
+    for name, mesh, placements in placements_and_meshes():
+        for config in CONFIGS:
+            expected, states = references[config.name]
+            found, others = sharded_run(config, mesh, placements)
+            if config.same_bits:
+                assert_same_bits(found, expected)
+                for state, other in zip(states, others, strict=True):
+                    assert state.keys() == other.keys()
+                    assert all(same_bits(torch.as_tensor(state[k]), torch.as_tensor(other[k])) for k in state)
+            else:
+                for start, a, b in zip(starts(config.dtype), expected, found, strict=True):
+                    assert (a - b).norm() <= parity_tolerance(start, a, STEPS), (config.name, name)
+            rows.setdefault(config.name, {})[name] = "same bits" if config.same_bits else "within tolerance"
+        for optimizer in exported().values():
+            if optimizer not in (AdamW, Lomo):
+                checks.is_refused(optimizer, mesh, placements)
+                rows.setdefault(optimizer.__name__, {})[name] = "refused"
+
+
+def leaves_a_checkpoint():
+    model = Model(init_device_mesh("cpu", (2,)), (Shard(0),))
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, seed=3, state_dtype="param")
+    for step in range(3):
+        model.step(optimizer, step)
+    dcp.save(state_dicts(model, optimizer), checkpoint_id=FOLDER / "checkpoint")
+    for step in range(3, 6):
+        model.step(optimizer, step)
+    ends = [p.full_tensor() for p in model.parameters()]
+    if RANK == 0:
+        torch.save(ends, FOLDER / "ends.pt")
+
+
+def carries_on(mesh, placements, group=None):
+    model = Model(mesh, placements, fill=0.0)
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, seed=3, state_dtype="param")
+    states = state_dicts(model, optimizer)
+    dcp.load(states, checkpoint_id=FOLDER / "checkpoint", process_group=group)
+    model.load(optimizer, states)
+    for step in range(3, 6):
+        model.step(optimizer, step)
+    assert_same_bits([p.full_tensor() for p in model.parameters()], torch.load(FOLDER / "ends.pt"))
+
+
+def carries_on_elsewhere():
+    carries_on(init_device_mesh("cpu", (4,)), (Shard(1),))
+    carries_on(init_device_mesh("cpu", (2, 2)), (Replicate(), Shard(0)))
+    group = dist.new_group([0, 1, 2])
+    mesh = DeviceMesh("cpu", [0, 1, 2])
+    if RANK < 3:
+        carries_on(mesh, (Shard(0),), group)
+
+
+def write_table(rows):
+    names = list(next(iter(rows.values())))
+    lines = [f"| {SIZE} processes | {' | '.join(f'`{n}`' for n in names)} |", "|---" * (len(names) + 1) + "|"]
+    lines += [f"| {row} | {' | '.join(cells[n] for n in names)} |" for row, cells in rows.items()]
+    (FOLDER / f"table-{SIZE}.md").write_text("\n".join(lines) + "\n")
+
+
+def main():
+    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meeting-{SIZE}", rank=RANK, world_size=SIZE)
+    code = 0
+    try:
+        rows: dict[str, dict[str, str]] = {}
+        equals_one_process(rows)
+        if RANK == 0:
+            write_table(rows)
+        if SIZE == 2:
+            leaves_a_checkpoint()
+        else:
+            carries_on_elsewhere()
+        checks.run(RANK, SIZE)
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if code == 0:
+        dist.barrier()
+        dist.destroy_process_group()
+    # threads of a backend may be in the way of an ordinary exit
+    os._exit(code)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    main()
