@@ -64,12 +64,14 @@ def test_two_and_four_processes_equal_one(tmp_path):
 
 
 def test_the_example_learns_and_carries_on(tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    """By torchrun, and then one process alone."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}
     losses = []
-    for processes in (2, 1):
+    for launcher, variables in ((torchrun, {}), ([], alone)):
         done = subprocess.run(
-            [*command, str(processes), str(ROOT / "examples" / "fsdp2_train.py"), str(tmp_path)],
-            env=environment_of_tests(),
+            [sys.executable, *launcher, str(ROOT / "examples" / "fsdp2_train.py"), str(tmp_path)],
+            env={**environment_of_tests(), **variables},
             capture_output=True,
             text=True,
             timeout=120,
