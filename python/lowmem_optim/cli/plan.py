@@ -1,7 +1,7 @@
 """`lowmem plan`: what a model takes with each optimizer, and what fits, before anything is allocated."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -55,10 +55,9 @@ def plan_command(
     ] = None,
     ranks: Annotated[int, option(PLACE, "Devices.", min=1)] = 1,
     sharding: Annotated[
-        Literal["none", "ddp", "fsdp2"],
+        Literal["none", "ddp", "fsdp2"] | None,
         option(PLACE, "The same model on all of them, or a part on each.", default="none; ddp with several ranks"),
-    ]
-    | None = None,
+    ] = None,
     plot: Annotated[Path | None, option(FILES, "PNG file for stacked bars.", default=False)] = None,
     json: Annotated[
         Path | None, option(FILES, "File for all figures in bytes; - prints them and nothing else.", default=False)
@@ -70,7 +69,7 @@ def plan_command(
     """
     # here rather than above, so that `lowmem --help` need not wait for torch
     from lowmem_optim import split_params
-    from lowmem_optim.cli import plan_plot, plan_report
+    from lowmem_optim.cli import plan_plot, plan_report, registry
     from lowmem_optim.cli.loop import DTYPES
     from lowmem_optim.cli.plan_memory import Setting, plan
     from lowmem_optim.cli.plan_model import load_model
@@ -84,7 +83,7 @@ def plan_command(
     with blaming("--optimizer"):
         choices = _choices(optimizer or [])
     with blaming("--opt"):
-        options = _options(opt or [], choices)
+        options = registry.parse_options(opt or [], choices)
     to_stdout = str(json) == "-"
     for flag, path in (("--plot", plot), ("--json", None if to_stdout else json)):
         with blaming(flag):
@@ -99,7 +98,7 @@ def plan_command(
         console.out(str(split_params(found.module)), highlight=False)
         return
     setting = Setting(DTYPES[dtype], batch, sequence, checkpointing, ranks, sharding)
-    with blaming("--optimizer"):
+    with blaming("--opt" if opt else "--optimizer"):
         rows = plan(found, choices, options, setting)
     title = plan_report.title_of(found, setting)
     if to_stdout:
@@ -123,9 +122,3 @@ def _choices(names: list[str]) -> "list[Choice]":
     if not names:
         return [*(choice for choice in registry.choices().values() if choice.can_fuse), registry.find(BASELINE)]
     return [*{choice.name: choice for choice in map(registry.find, names)}.values()]
-
-
-def _options(pairs: list[str], choices: "list[Choice]") -> dict[str, Any]:
-    from lowmem_optim.cli import registry
-
-    return registry.parse_options(pairs, choices)

@@ -225,15 +225,20 @@ def layer_bytes(module: nn.Module) -> tuple[int, int]:
 def activation_bytes(sizes: Sizes, setting: Setting) -> int:
     """Bytes that autograd keeps of a transformer for the backward pass, with attention that keeps no square matrix.
 
-    Of each token and layer: inputs and outputs of both norms, queries, keys, values and what attention makes of them,
-    and of the feed-forward layer the gate, its activation, up and their product (without a gate two of these), for
-    each expert that sees the token also what goes in and comes out. With checkpointing one layer at a time and the
-    inputs of all. And of the logits themselves two float32 copies, for the loss and its gradient.
+    Of each token, with elements of e bytes: of each norm ``hidden (2 e + 4)``, its output, the normalized input and the
+    input in float32; of attention ``2 e (queries + keys)``, with norms of heads ``(e + 4) (queries + keys)`` more; of a
+    feed-forward layer ``4 e intermediate`` with a gate (its input, its activation, up, their product) and 5 without
+    (GELU by tanh, written out), for each expert that sees the token, with its input and output; of the logits
+    themselves, and two float32 copies for the loss and its gradient. With checkpointing the inputs of all layers, and
+    the rest of one at a time. Dropout is not in it.
     """
-    layer = 4 * sizes.hidden + 2 * sizes.queries + 2 * sizes.keys
-    inner = (4 if sizes.gated else 2) * sizes.intermediate
-    layer += sizes.experts * (inner + 2 * sizes.hidden) if sizes.experts else inner
-    kept = layer + sizes.layers * sizes.hidden if setting.checkpointing else sizes.layers * layer
-    itemsize = setting.dtype.itemsize
-    logits = sizes.vocab * (itemsize + 2 * 4)
-    return setting.batch * setting.sequence * (kept * itemsize + logits)
+    e = setting.dtype.itemsize
+    norm = sizes.hidden * (2 * e + 4)
+    heads = sizes.queries + sizes.keys
+    attention = heads * (2 * e + (e + 4 if sizes.normed_heads else 0))
+    inner = (4 if sizes.gated else 5) * e * sizes.intermediate
+    forward = sizes.experts * (inner + 2 * e * sizes.hidden) if sizes.experts else inner
+    layer = 2 * norm + attention + forward
+    kept = layer + sizes.layers * e * sizes.hidden if setting.checkpointing else sizes.layers * layer
+    logits = sizes.vocab * (e + 2 * 4)
+    return setting.batch * setting.sequence * (kept + norm + logits)

@@ -25,6 +25,7 @@ class Sizes:
     intermediate: inner width of a feed-forward layer, of one expert where there are some.
     gated: whether it is down(act(gate(x)) * up(x)).
     experts: those that see a token; 0: one feed-forward layer, which all see.
+    normed_heads: whether queries and keys are normalized for each head.
     """
 
     layers: int
@@ -35,6 +36,7 @@ class Sizes:
     vocab: int
     gated: bool
     experts: int = 0
+    normed_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -106,14 +108,16 @@ def _layer(name: str, shape: tuple[int, ...], bias: bool) -> nn.Module:
     if len(shape) == 1:
         return nn.LayerNorm(shape) if bias else nn.RMSNorm(shape)
     if name in ("embed_tokens", "wte", "wpe"):
-        return nn.Embedding(*shape)
-    return Conv1D(*shape) if bias else nn.Linear(shape[1], shape[0], bias=False)
+        return nn.Embedding(shape[0], shape[1])
+    return Conv1D(shape[0], shape[1]) if bias else nn.Linear(shape[1], shape[0], bias=False)
 
 
 def _sizes_of_architecture(a: Architecture) -> Sizes:
     keys = a.hidden // a.heads * a.kv_heads
     gated = not a.positions
-    return Sizes(a.layers, a.hidden, a.hidden, keys, a.intermediate, a.vocab, gated, a.experts_per_token)
+    return Sizes(
+        a.layers, a.hidden, a.hidden, keys, a.intermediate, a.vocab, gated, a.experts_per_token, a.normed_heads
+    )
 
 
 def _from_config(path: Path) -> tuple[nn.Module, Sizes | None]:
@@ -169,9 +173,11 @@ def _sizes_of_config(config: Any, module: nn.Module) -> Sizes | None:
     width = get("head_dim") or hidden // heads
     experts = get("num_experts_per_tok") or 0
     inner = (get("moe_intermediate_size") if experts else None) or get("intermediate_size", "n_inner") or 4 * hidden
-    gated = any("gate_proj" in name or "gate_up" in name for name, _ in module.named_parameters())
+    names = [name for name, _ in module.named_parameters()]
+    gated = any("gate_proj" in name or "gate_up" in name for name in names)
+    normed = any(name.endswith("q_norm.weight") for name in names)
     keys = width * (get("num_key_value_heads") or heads)
-    return Sizes(layers, hidden, width * heads, keys, inner, vocab, gated, experts)
+    return Sizes(layers, hidden, width * heads, keys, inner, vocab, gated, experts, normed)
 
 
 def _from_callable(name: str) -> nn.Module:

@@ -15,26 +15,30 @@ from lowmem_optim.cli.plan_model import Model
 from lowmem_optim.cli.report import ABSENT
 
 GB = 10**9
-WIDTH = 118  # below that figures would be cut
+WIDTH = 116  # below that figures would be cut
 UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": GB, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: What is recommended if it fits: the first, and an ordinary step before a fused one. In the order of how much of Adam
 #: a rule keeps, since most recipes are made for Adam; the last entry says what is kept.
 PREFERRED = {
     "AdamW": "both moments of every element",
-    "torch.AdamW(fused)": "both moments of every element, rounded to the parameters' dtype",
     "AdamMini": "the momentum of every element, and a second moment for each row",
     "APOLLO": "both moments of a random projection",
     "APOLLOMini": "both moments of one random direction",
     "Adafactor": "a second moment in rows and columns",
     "SinkGD": "no moment, but normalized rows and columns",
     "Lomo": "nothing",
+    # without stochastic rounding, so it comes last
+    "torch.AdamW(fused)": "both moments of every element, in the parameters' dtype",
 }
 
+#: Headers that would take too much room in one line.
+HEADERS = {"temporaries": "tempo-\nraries", "activations": "activa-\ntions", "communication": "communi-\ncation"}
+
 NOTE = (
-    "GB of 1e9 bytes on each device. Parameters, gradients and state are those of the optimizers on the meta device; "
-    "temporaries, activations and communication are estimates (docs/planning.md). The total is the sum, though not all "
-    "of it is alive at a time; the device's context and fragmentation are not in it."
+    "1 GB is 1e9 bytes; all is of each device. Parameters, gradients and state are those of the optimizers on the meta "
+    "device; temporaries, activations and communication are estimates (docs/planning.md). The total is the sum, though "
+    "not all of it is alive at a time; the device's context and fragmentation are not in it."
 )
 
 
@@ -48,12 +52,13 @@ def size_of(text: str) -> int:
 
 def title_of(model: Model, setting: Setting) -> str:
     """One line: the model, and how it is trained."""
-    count = sum(param.numel() for param in model.module.parameters())
+    count = sum(param.numel() for param in model.module.parameters()) / 1e6
+    parameters = f"{count / 1e3:,.3f} G" if count >= 1e3 else f"{count:,.3f} M"
     devices = "" if setting.sharding == "none" else f", {setting.sharding.upper()} of {setting.ranks}"
     dtype = {2: "bf16", 4: "fp32"}[setting.dtype.itemsize]
     checkpoints = ", activation checkpointing" if setting.checkpointing else ""
     return (
-        f"{model.name}: {count / 1e9:,.3f} G parameters, {dtype}, {setting.batch} x {setting.sequence} tokens"
+        f"{model.name}: {parameters} parameters, {dtype}, {setting.batch} x {setting.sequence} tokens"
         f"{checkpoints}{devices}"
     )
 
@@ -63,16 +68,18 @@ def show(console: Console, title: str, rows: list[Row], setting: Setting, gpu: i
     console = Console(file=console.file, width=max(console.width, WIDTH))
     console.print(f"\n{title}", highlight=False, markup=False)
     parts = [part for part in PARTS if part != "communication" or setting.sharding != "none"]
+    unit, size = unit_of(rows)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for name in ("optimizer", "step"):
         table.add_column(name, no_wrap=True)
     for name in (*parts, "total"):
-        table.add_column(name, justify="right", no_wrap=True)
+        header = f"{name},\n{unit}" if name == "total" else HEADERS.get(name, name)
+        table.add_column(header, justify="right", no_wrap=True)
     if gpu is not None:
-        table.add_column(f"fits in {gpu / GB:,.4g}", justify="right", no_wrap=True)
+        table.add_column(f"fits in\n{gpu / size:,.4g} {unit}", justify="right", no_wrap=True)
     for row in rows:
-        cells = [_figure(getattr(row, part)) for part in (*parts, "total")]
-        fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / GB:,.1f} over"]
+        cells = [_figure(getattr(row, part), size) for part in (*parts, "total")]
+        fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / size:,.1f} over"]
         table.add_row(row.optimizer, row.mode + (" †" if row.refused else ""), *cells, *fits)
     console.print(table)
     console.print(NOTE, highlight=False)
@@ -87,8 +94,8 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
         found.append("Activations are not in it: the sizes of this model's layers are not known.")
     if setting.sharding == "ddp":
         found.append(
-            "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, the gradients that are being "
-            "averaged, with process_group= and no wrapper, whose buckets would be as large as all gradients."
+            "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, the gradients being averaged, "
+            "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
     if refused := next((row.refused for row in rows if row.refused), ""):
         found.append(f"† arithmetic only, this cannot be run yet: {refused}. fuse_backward refuses them as well.")
@@ -112,7 +119,7 @@ def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
     place = {row: (order.index(row.optimizer) if row.optimizer in order else len(order)) for row in runs}
     fitting = [row for row in runs if row.total <= gpu]
     if not fitting:
-        return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)} with {_gb(least.total)}, {_advice(least)}."
+        return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)}, {_gb(least.total)}, {_advice(least)}."
     best = min(fitting, key=lambda row: (place[row], row.mode == "fused", row.total))
     kept = PREFERRED.get(best.optimizer)
     reason = f"of those that fit it keeps most of Adam ({kept})" if kept else "it is what fits"
@@ -141,8 +148,13 @@ def _gb(nbytes: int) -> str:
     return f"{nbytes / GB:,.1f} GB" if nbytes >= GB else f"{nbytes / 10**6:,.1f} MB"
 
 
-def _figure(nbytes: int | None) -> str:
-    return ABSENT if nbytes is None else f"{nbytes / GB:,.3f}" if nbytes < 100 * GB else f"{nbytes / GB:,.1f}"
+def unit_of(rows: list[Row]) -> tuple[str, int]:
+    """Returns the unit of a table or a picture, and its bytes."""
+    return ("GB", GB) if max(row.total for row in rows) >= GB else ("MB", 10**6)
+
+
+def _figure(nbytes: int | None, unit: int) -> str:
+    return ABSENT if nbytes is None else f"{nbytes / unit:,.3f}" if nbytes < 100 * unit else f"{nbytes / unit:,.1f}"
 
 
 def as_json(model: Model, rows: list[Row], setting: Setting, gpu: int | None) -> str:
