@@ -76,40 +76,43 @@ def load_model(name: str, dtype: torch.dtype) -> Model:
 class Conv1D(nn.Module):
     """As that of transformers: a linear layer whose weight is stored as (inputs, outputs)."""
 
-    def __init__(self, inputs: int, outputs: int) -> None:
+    def __init__(self, inputs: int, outputs: int, device: str) -> None:
         super().__init__()
         self.nf = outputs
-        self.weight = nn.Parameter(torch.empty(inputs, outputs))
-        self.bias = nn.Parameter(torch.empty(outputs))
+        self.weight = nn.Parameter(torch.empty(inputs, outputs, device=device))
+        self.bias = nn.Parameter(torch.empty(outputs, device=device))
 
 
 def module_of(shapes: Shapes, device: str = "meta") -> nn.Module:
     """Returns modules with parameters of these names and shapes, of the types that `split_params` tells roles by."""
     root = nn.Module()
-    with torch.device(device):
-        for name, shape in shapes.items():
-            *path, last = name.split(".")
-            parent = root
-            for part in path[:-1]:
-                if not hasattr(parent, part):
-                    parent.add_module(part, nn.Module())
-                parent = getattr(parent, part)
-            prefix = ".".join(path)
-            if last != "weight" and last != "bias":  # experts, whose module has nothing else
-                if not hasattr(parent, path[-1]):
-                    parent.add_module(path[-1], nn.Module())
-                getattr(parent, path[-1]).register_parameter(last, nn.Parameter(torch.empty(shape)))
-            elif last == "weight":
-                parent.add_module(path[-1], _layer(path[-1], shape, f"{prefix}.bias" in shapes))
+    for name, shape in shapes.items():
+        *path, last = name.split(".")
+        parent = root
+        for part in path[:-1]:
+            parent = _child(parent, part)
+        if last == "weight":
+            layer = _layer(path[-1], shape, ".".join((*path, "bias")) in shapes, device)
+            parent.add_module(path[-1], layer)
+        elif last != "bias":  # experts, whose module has nothing else
+            experts = nn.Parameter(torch.empty(shape, device=device))
+            _child(parent, path[-1]).register_parameter(last, experts)
     return root
 
 
-def _layer(name: str, shape: tuple[int, ...], bias: bool) -> nn.Module:
+def _child(parent: nn.Module, name: str) -> nn.Module:
+    if not hasattr(parent, name):
+        parent.add_module(name, nn.Module())
+    child: nn.Module = getattr(parent, name)
+    return child
+
+
+def _layer(name: str, shape: tuple[int, ...], bias: bool, device: str) -> nn.Module:
     if len(shape) == 1:
-        return nn.LayerNorm(shape) if bias else nn.RMSNorm(shape)
+        return (nn.LayerNorm if bias else nn.RMSNorm)(shape, device=device)
     if name in ("embed_tokens", "wte", "wpe"):
-        return nn.Embedding(shape[0], shape[1])
-    return Conv1D(shape[0], shape[1]) if bias else nn.Linear(shape[1], shape[0], bias=False)
+        return nn.Embedding(shape[0], shape[1], device=device)
+    return Conv1D(shape[0], shape[1], device) if bias else nn.Linear(shape[1], shape[0], bias=False, device=device)
 
 
 def _sizes_of_architecture(a: Architecture) -> Sizes:

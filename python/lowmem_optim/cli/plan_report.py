@@ -94,7 +94,7 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
         found.append("Activations are not in it: the sizes of this model's layers are not known.")
     if setting.sharding == "ddp":
         found.append(
-            "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, the gradients being averaged, "
+            "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
             "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
     if refused := next((row.refused for row in rows if row.refused), ""):

@@ -12,6 +12,7 @@ from lowmem_kernels.lowrank.schedule import padded_rank
 from lowmem_kernels.multinorm import NormRule
 from lowmem_kernels.multinorm import schedule as multinorm
 from lowmem_kernels.projection import schedule as projection
+from lowmem_kernels.projection.draw import is_shared
 from lowmem_kernels.projection.rule import sides_of
 from lowmem_kernels.schedules import Geometry, Schedule
 from lowmem_kernels.tickets import plan_order
@@ -59,7 +60,8 @@ def scratch_bytes(optimizer: LowMemOptimizer, bucket: Bucket) -> int:
     if isinstance(optimizer, APOLLO):
         bfloat16 = bucket.grads[0].dtype is torch.bfloat16
         apollo = optimizer.rule(bucket.group)
-        return _projection(shapes, projection.Work((0, 1, 2), apollo.rank, apollo.proj_type, conv, bfloat16), itemsize)
+        work = projection.Work((0, 1, 2), apollo.rank, apollo.proj_type, conv, bfloat16)
+        return _projection(shapes, work, bucket.group["source"], itemsize)
     if isinstance(optimizer, PartialMomentum):
         return _lowrank(bucket)
     raise TypeError(f"optimizer is a {type(optimizer).__name__}; allowed: those of lowmem_optim")
@@ -78,14 +80,16 @@ def _multinorm(shapes: Shapes, rule: NormRule, itemsize: int) -> int:
 
 
 @lru_cache(maxsize=1024)
-def _projection(shapes: Shapes, work: projection.Work, itemsize: int) -> int:
-    """Scratch, and the projections in bfloat16 that parameters with as many contracted elements share."""
+def _projection(shapes: Shapes, work: projection.Work, source: str, itemsize: int) -> int:
+    """Scratch, and the projections: in bfloat16, shared by parameters with as many contracted elements, or torch's."""
     count = len(shapes)
     keys = [0] * count
     schedules = projection.schedules_of(_geometries(shapes), [True] * count, keys, keys, work, itemsize, ORDER)
     sides = [sides_of(shape, work.rank, work.proj_type, work.conv) for shape in shapes]
-    banks = {(side.contracted, side.rank) for side in sides if side.projected}
-    return _bytes(schedules) + sum(2 * contracted * rank for contracted, rank in banks)
+    if source == "torch":
+        return _bytes(schedules) + sum(FP32 * side.contracted * side.rank for side in sides if side.projected)
+    shared = {(side.contracted, side.rank) for side in sides if side.projected and is_shared(side, source)}
+    return _bytes(schedules) + sum(2 * contracted * rank for contracted, rank in shared)
 
 
 @lru_cache(maxsize=1024)
