@@ -21,6 +21,7 @@ from lowmem_optim.cli.measure import state_bytes
 from lowmem_optim.cli.model import ByteModel, ModelConfig
 from lowmem_optim.cli.plan_memory import Setting, activation_bytes, largest_two, layer_bytes, nbytes, plan
 from lowmem_optim.cli.plan_model import Model, load_model, module_of
+from lowmem_optim.cli.plan_report import notes
 from lowmem_optim.cli.plan_scratch import scratch_bytes
 from optim.cases import exported
 
@@ -131,13 +132,24 @@ def test_squares_of_swan_stay_within_what_it_may_take():
     assert 5 * 4 * 4096**2 < row.temporaries < 5 * 4 * 4096**2 + 8 * 2 * (5 * 4096 + 2 * 11008 + 4096)
 
 
-def test_an_optimizer_that_is_not_known_has_no_scratch():
+def test_temporaries_of_an_optimizer_that_is_not_known_are_not_made_up():
     class Unknown(LowMemOptimizer):
-        pass
+        def __init__(self, params):
+            super().__init__(params, {"lr": 1.0}, {})
 
-    bucket = type("Bucket", (), {"rule": "own", "group": {}, "params": [], "grads": [torch.zeros(1)]})
-    with pytest.raises(TypeError, match="optimizer is a Unknown; allowed: those of lowmem_optim"):
-        scratch_bytes(object.__new__(Unknown), bucket)
+        def check_options(self, options):
+            pass
+
+        def new_state(self, param, group):
+            return {}
+
+    for row in planned(module_of(TINY["llama"].shapes()), registry.Choice("Unknown", Unknown)).values():
+        assert row.temporaries is None
+        assert row.total == row.parameters + row.gradients + row.state
+        assert notes([row], setting()) == [
+            "Activations are not in it: the sizes of this model's layers are not known.",
+            "Temporaries of Unknown are not in it: nobody has counted them.",
+        ]
 
 
 COMMON = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3}

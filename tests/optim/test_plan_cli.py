@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -94,6 +95,22 @@ def test_roles_are_the_table_of_split_params():
     result = run("tiny", "--roles")
     assert result.stdout.strip() == str(split_params(module_of(TINY.shapes())))
     assert "lm_head.weight" in result.stdout
+
+
+def test_the_transcript_in_the_docs_is_what_is_printed():
+    """A line of it for each optimizer that there was; columns are as wide as they need be."""
+    docs = Path(__file__).parents[2] / "docs" / "planning.md"
+    lines = [" ".join(line.split()) for line in docs.read_text(encoding="utf-8").splitlines()]
+    arguments = "llama-7b --gpu 24GB --checkpointing"
+    assert any(line.startswith(f"lowmem plan {arguments} ") for line in lines)
+    printed = [" ".join(line.split()) for line in run(*arguments.split()).output.splitlines()]
+    rows = [line for line in lines if line.split()[1:2] in (["fused"], ["ordinary"])]
+    assert len(rows) == 27
+    assert set(rows) <= set(printed)
+    sentence = next(line for line in printed if line.startswith("Take "))
+    assert sentence in " ".join(line.removeprefix("> ") for line in lines)
+    readme = " ".join((docs.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert sentence.partition(",")[0] in readme
 
 
 # what a MODEL may be

@@ -41,7 +41,7 @@ class Row:
 
     mode: "ordinary", or "fused" for the update inside the backward pass.
     gradients: alive at a time.
-    activations: None where the model's sizes are not known; the total then has none.
+    temporaries, activations: None where they are not known, for the optimizer or the model; the total then has none.
     refused: why this cannot be run yet; empty if it can.
     """
 
@@ -50,7 +50,7 @@ class Row:
     parameters: int
     gradients: int
     state: int
-    temporaries: int
+    temporaries: int | None
     activations: int | None
     communication: int
     refused: str = ""
@@ -62,10 +62,10 @@ class Row:
 
 
 class Steps(NamedTuple):
-    """Bytes of gradients alive at a time, and of what an update allocates, at most."""
+    """Bytes of gradients alive at a time, and of what an update allocates, at most; None where that is not known."""
 
     gradients: int
-    temporaries: int
+    temporaries: int | None
 
 
 def plan(model: Model, choices: Iterable[Choice], options: dict[str, Any], setting: Setting) -> list[Row]:
@@ -98,7 +98,7 @@ def _row(model: Model, choice: Choice, optimizer: torch.optim.Optimizer, mode: s
         sum(_shard(param, shared) for param in everything),
         sum(_shard(param, shared) for param in params) if shared > 1 else step.gradients,
         -(-state_bytes(optimizer) // shared),
-        -(-step.temporaries // shared),
+        step.temporaries and -(-step.temporaries // shared),
         None if model.sizes is None else activation_bytes(model.sizes, setting),
         _communication(model.module, setting, step.gradients),
         refused_when_sharded(optimizer) if shared > 1 else "",
@@ -118,7 +118,7 @@ def ordinary_step(optimizer: LowMemOptimizer, params: list[Tensor]) -> Steps:
     """All gradients, and the bucket that allocates most: buckets are updated in turns."""
     grads = [torch.empty_like(param) for param in params]
     known = optimizer.sorted(params, [*grads], optimizer.members, optimizer.state.values, None)
-    return Steps(sum(map(nbytes, grads)), max((scratch_bytes(optimizer, b) for b in known.buckets), default=0))
+    return Steps(sum(map(nbytes, grads)), _most([scratch_bytes(optimizer, bucket) for bucket in known.buckets]))
 
 
 def fused_step(optimizer: LowMemOptimizer, params: list[nn.Parameter]) -> Steps:
@@ -128,24 +128,28 @@ def fused_step(optimizer: LowMemOptimizer, params: list[nn.Parameter]) -> Steps:
     """
     groups = GradientGroups(optimizer, alone=False)
     groups.refresh()
-    alive = peak = scratch = 0
+    alive = peak = 0
+    scratches: list[int | None] = []
 
     def update(done: list[Tensor]) -> int:
-        found = max(scratch_bytes(optimizer, bucket) for bucket in groups.buckets(done))
+        scratches.extend(scratch_bytes(optimizer, bucket) for bucket in groups.buckets(done))
         for param in done:
             param.grad = None
-        return found
+        return sum(map(nbytes, done))
 
     for param in reversed(params):
         param.grad = torch.empty_like(param)
         alive += nbytes(param)
         peak = max(peak, alive)
-        if done := groups.arrived(param):
-            scratch = max(scratch, update(done))
-            alive -= sum(map(nbytes, done))
+        alive -= update(done) if (done := groups.arrived(param)) else 0
     for done in groups.all_waiting():
-        scratch = max(scratch, update(done))
-    return Steps(peak, scratch)
+        update(done)
+    return Steps(peak, _most(scratches))
+
+
+def _most(scratches: list[int | None]) -> int | None:
+    known = [scratch for scratch in scratches if scratch is not None]
+    return max(known, default=0) if len(known) == len(scratches) else None
 
 
 def largest_two(params: Iterable[Tensor]) -> int:

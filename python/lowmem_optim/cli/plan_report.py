@@ -92,6 +92,8 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
     found = []
     if any(row.activations is None for row in rows):
         found.append("Activations are not in it: the sizes of this model's layers are not known.")
+    if unknown := {row.optimizer: None for row in rows if row.temporaries is None}:
+        found.append(f"Temporaries of {', '.join(unknown)} are not in it: nobody has counted them.")
     if setting.sharding == "ddp":
         found.append(
             "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
