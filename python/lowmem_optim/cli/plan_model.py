@@ -4,7 +4,8 @@ import difflib
 import importlib
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,7 +172,7 @@ def _sizes_of_config(config: Any, module: nn.Module) -> Sizes | None:
         get("num_attention_heads", "n_head"),
         get("vocab_size"),
     )
-    if not all(isinstance(size, int) for size in (hidden, layers, heads, vocab)):
+    if not all(isinstance(size, int) for size in (hidden, layers, heads, vocab)) or get("is_encoder_decoder"):
         return None
     width = get("head_dim") or hidden // heads
     experts = get("num_experts_per_tok") or 0
@@ -186,24 +187,33 @@ def _sizes_of_config(config: Any, module: nn.Module) -> Sizes | None:
 def _from_callable(name: str) -> nn.Module:
     """What module:callable returns, called without arguments on the meta device."""
     where, _, attribute = name.partition(":")
-    # as `python -m` does: an installed command does not look into the folder where it is started
-    sys.path.insert(0, str(Path.cwd()))
-    try:
-        make = importlib.import_module(where)
-        for part in attribute.split("."):
-            make = getattr(make, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ValueError(f"model is {name!r}: {_line(error)}; allowed: module:callable that can be imported") from error
-    finally:
-        sys.path.pop(0)
-    try:
-        with torch.device("meta"):
-            module = make()  # type: ignore[operator]
-    except Exception as error:  # anything that somebody else's code raises
-        raise ValueError(f"{name}() on the meta device: {type(error).__name__}: {_line(error)}") from error
+    with _importing_from_here():
+        try:
+            make: Any = importlib.import_module(where)
+            for part in attribute.split("."):
+                make = getattr(make, part)
+        except (ImportError, AttributeError, ValueError) as error:
+            allowed = "module:callable that can be imported"
+            raise ValueError(f"model is {name!r}: {_line(error)}; allowed: {allowed}") from error
+        try:
+            with torch.device("meta"):
+                module = make()
+        except Exception as error:  # anything that somebody else's code raises
+            raise ValueError(f"{name}() on the meta device: {type(error).__name__}: {_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}() returned a {type(module).__name__}; allowed: a torch.nn.Module")
     return module
+
+
+@contextmanager
+def _importing_from_here() -> Iterator[None]:
+    """As `python -m` does: an installed command does not look into the folder where it is started."""
+    here = str(Path.cwd())
+    sys.path.insert(0, here)
+    try:
+        yield
+    finally:
+        sys.path.remove(here)
 
 
 def _line(error: Exception) -> str:

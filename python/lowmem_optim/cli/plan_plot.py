@@ -39,7 +39,7 @@ def draw(path: Path, rows: list[Row], title: str, gpu: int | None) -> None:
     for place, total in zip(places, left, strict=True):
         axes.text(total, place, f" {total:,.1f}", va="center", fontsize=7, color=GREY)
     if gpu is not None:
-        axes.axvline(gpu / size, color="black", linestyle="--", linewidth=1, label=f"{gpu / size:,.4g} {unit}")
+        axes.axvline(gpu / size, color="black", linestyle="--", linewidth=1, label=f"{gpu / size:,.10g} {unit}")
     names = [f"{row.optimizer}, {row.mode}{' (not yet)' if row.refused else ''}" for row in rows]
     axes.set_yticks(places, names, fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)  # the least on top

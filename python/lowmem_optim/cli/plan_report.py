@@ -76,7 +76,7 @@ def show(console: Console, title: str, rows: list[Row], setting: Setting, gpu: i
         header = f"{name},\n{unit}" if name == "total" else HEADERS.get(name, name)
         table.add_column(header, justify="right", no_wrap=True)
     if gpu is not None:
-        table.add_column(f"fits in\n{gpu / size:,.4g} {unit}", justify="right", no_wrap=True)
+        table.add_column(f"fits in\n{gpu / size:,.10g} {unit}", justify="right", no_wrap=True)
     for row in rows:
         cells = [_figure(getattr(row, part), size) for part in (*parts, "total")]
         fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / size:,.1f} over"]
@@ -124,7 +124,9 @@ def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
         return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)}, {_gb(least.total)}, {_advice(least)}."
     best = min(fitting, key=lambda row: (place[row], row.mode == "fused", row.total))
     kept = PREFERRED.get(best.optimizer)
-    reason = f"of those that fit it keeps most of Adam ({kept})" if kept else "it is what fits"
+    reason = (
+        f"of those that fit it keeps most of Adam ({kept})" if kept else "none of these that keeps more of Adam fits"
+    )
     larger = [row for row in runs if row.total > gpu and place[row] <= place[best] and row.optimizer in PREFERRED]
     beyond = min(larger, key=lambda row: (place[row], row.total), default=None)
     against = f"; {_name(beyond)} would take {_gb(beyond.total)}" if beyond else ""
