@@ -21,6 +21,8 @@ class Architecture:
     positions: how many positions are learned; with any, the model is GPT-2's kind: biases, LayerNorm, one matrix for
         queries, keys and values, and matrices that are stored as (inputs, outputs).
     experts: of each feed-forward layer, whose matrices are then stacked into parameters of three dimensions; 0: none.
+    experts_per_token: how many of them see a token.
+    normed_heads: whether queries and keys are normalized for each head, as in Qwen3.
     """
 
     vocab: int
@@ -32,6 +34,8 @@ class Architecture:
     tied: bool = False
     positions: int = 0
     experts: int = 0
+    experts_per_token: int = 0
+    normed_heads: bool = False
 
     def shapes(self, layers: int | None = None) -> Shapes:
         """Return every parameter's shape, with only the first ``layers`` layers if given.
@@ -53,6 +57,9 @@ class Architecture:
             yield f"{prefix}.self_attn.k_proj.weight", (kv, h)
             yield f"{prefix}.self_attn.v_proj.weight", (kv, h)
             yield f"{prefix}.self_attn.o_proj.weight", (h, h)
+            if self.normed_heads:
+                yield f"{prefix}.self_attn.q_norm.weight", (h // self.heads,)
+                yield f"{prefix}.self_attn.k_norm.weight", (h // self.heads,)
             if e:
                 yield f"{prefix}.mlp.gate.weight", (e, h)
                 yield f"{prefix}.mlp.experts.gate_up_proj", (e, 2 * i, h)
@@ -87,12 +94,14 @@ class Architecture:
 #: By name. The Llamas of 60M to 1B are those that papers on low-memory optimizers pretrain, from GaLore on.
 MODELS: dict[str, Architecture] = {
     "gpt2": Architecture(50257, 768, 3072, 12, 12, 12, tied=True, positions=1024),
+    "gpt2-xl": Architecture(50257, 1600, 6400, 48, 25, 25, tied=True, positions=1024),
     "llama-60m": Architecture(32000, 512, 1376, 8, 8, 8),
     "llama-350m": Architecture(32000, 1024, 2736, 24, 16, 16),
     "llama-1b": Architecture(32000, 2048, 5461, 24, 32, 32),
     "llama-7b": Architecture(32000, 4096, 11008, 32, 32, 32),
     "llama-3-8b": Architecture(128256, 4096, 14336, 32, 32, 8),
-    "mixtral-8x7b": Architecture(32000, 4096, 14336, 32, 32, 8, experts=8),
+    "qwen3-8b": Architecture(151936, 4096, 12288, 36, 32, 8, normed_heads=True),
+    "mixtral-8x7b": Architecture(32000, 4096, 14336, 32, 32, 8, experts=8, experts_per_token=2),
 }
 
 

@@ -7,11 +7,13 @@ from lowmem_kernels.testing.models import MODELS, model_shapes, parameter_count
 # tensors and parameters; those of 60M to 1B are GaLore's, whose training logs say 58.07M, 367.97M and 1339.08M
 PUBLISHED = {
     "gpt2": (148, 124_439_808),
+    "gpt2-xl": (580, 1_557_611_200),
     "llama-60m": (75, 58_073_600),
     "llama-350m": (219, 367_969_280),
     "llama-1b": (219, 1_339_082_752),
     "llama-7b": (291, 6_738_415_616),
     "llama-3-8b": (291, 8_030_261_248),
+    "qwen3-8b": (399, 8_190_735_360),
     "mixtral-8x7b": (291, 46_702_792_704),
 }
 
@@ -57,7 +59,7 @@ def test_names_are_those_of_transformers():
     ("arguments", "message"),
     [
         (("llama-8b",), "model is 'llama-8b'; did you mean .*llama-3-8b"),
-        (("bert",), "model is 'bert'; allowed: gpt2, llama-60m"),
+        (("bert",), "model is 'bert'; allowed: gpt2, gpt2-xl, llama-60m"),
         (("gpt2", 13), "layers is 13; this model allows 1 to 12"),
         (("gpt2", 0), "layers is 0; this model allows 1 to 12"),
     ],

@@ -8,10 +8,12 @@ if missing := [name for name in ("matplotlib", "rich", "typer") if find_spec(nam
 import typer
 
 from lowmem_optim.cli.bench import bench_command
+from lowmem_optim.cli.plan import plan_command
 from lowmem_optim.cli.profile import profile_command
 from lowmem_optim.cli.train import train_command
 
 app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile_command)

@@ -17,7 +17,8 @@ def model_option(panel: str, defaults: Mapping[str, str]) -> Any:
     """The option that names a model of `lowmem_kernels.testing.models`; `defaults` are those on "cpu" and on "cuda"."""
     return option(
         panel,
-        "Whose parameters: gpt2, llama-60m, llama-350m, llama-1b, llama-7b, llama-3-8b, mixtral-8x7b.",
+        "Whose parameters: gpt2, gpt2-xl, llama-60m, llama-350m, llama-1b, llama-7b, llama-3-8b, qwen3-8b, "
+        "mixtral-8x7b.",
         metavar="NAME",
         default=f"{defaults['cpu']} on a CPU, {defaults['cuda']} on a GPU",
     )

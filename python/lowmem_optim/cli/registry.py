@@ -106,13 +106,17 @@ class Choice:
         when its constructor rejects an option.
         """
         options = {**OPTIONS.get(self.name, {}), **options}
+        return self.construct(model, {"lr": lr, **options})
+
+    def construct(self, model: nn.Module, options: dict[str, Any]) -> Optimizer:
+        """As `build`, with the constructor's own defaults where options say nothing."""
         own = {key: value for key, value in options.items() if self.takes(key)}
         roles = issubclass(self.cls, (RoutedOptimizer, PartialMomentum))
         params = split_params(model) if roles else model.named_parameters()
         try:
-            return self.cls(params, lr=lr, **own)  # type: ignore[call-arg]
+            return self.cls(params, **own)
         except (TypeError, ValueError, RuntimeError) as error:
-            arguments = ", ".join(f"{key}={value!r}" for key, value in {"lr": lr, **own}.items())
+            arguments = ", ".join(f"{key}={value!r}" for key, value in own.items())
             raise ValueError(f"{self.name}({arguments}): {error}") from error
 
 

@@ -1,0 +1,187 @@
+"""A plan as a table, as one sentence, and as JSON."""
+
+import json
+import re
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from lowmem_optim.cli.plan_memory import PARTS, Row, Setting, largest_two
+from lowmem_optim.cli.plan_model import Model
+from lowmem_optim.cli.report import ABSENT
+
+GB = 10**9
+WIDTH = 116  # below that figures would be cut
+UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": GB, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+
+#: What is recommended if it fits: the first, and an ordinary step before a fused one. In the order of how much of Adam
+#: a rule keeps, since most recipes are made for Adam; the last entry says what is kept.
+PREFERRED = {
+    "AdamW": "both moments of every element",
+    "AdamMini": "the momentum of every element, and a second moment for each row",
+    "APOLLO": "both moments of a random projection",
+    "APOLLOMini": "both moments of one random direction",
+    "Adafactor": "a second moment in rows and columns",
+    "SinkGD": "no moment, but normalized rows and columns",
+    "Lomo": "nothing",
+    # without stochastic rounding, so it comes last
+    "torch.AdamW(fused)": "both moments of every element, in the parameters' dtype",
+}
+
+#: Headers that would take too much room in one line.
+HEADERS = {"temporaries": "tempo-\nraries", "activations": "activa-\ntions", "communication": "communi-\ncation"}
+
+NOTE = (
+    "1 GB is 1e9 bytes; all is of each device. Parameters, gradients and state are those of the optimizers on the meta "
+    "device; temporaries, activations and communication are estimates (docs/planning.md). The total is the sum, though "
+    "not all of it is alive at a time; the device's context and fragmentation are not in it."
+)
+
+
+def size_of(text: str) -> int:
+    """Bytes of a text such as 24GB or 80GiB. Raises ValueError for another text."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
+    if not found or found[2].upper() not in UNITS or not float(found[1]):
+        raise ValueError(f"{text!r} is not a size; allowed: a number > 0 with MB, GB, TB, MiB, GiB or TiB, as in 24GB")
+    return round(float(found[1]) * UNITS[found[2].upper()])
+
+
+def title_of(model: Model, setting: Setting) -> str:
+    """One line: the model, and how it is trained."""
+    count = sum(param.numel() for param in model.module.parameters()) / 1e6
+    parameters = f"{count / 1e3:,.3f} G" if count >= 1e3 else f"{count:,.3f} M"
+    devices = "" if setting.sharding == "none" else f", {setting.sharding.upper()} of {setting.ranks}"
+    dtype = {2: "bf16", 4: "fp32"}[setting.dtype.itemsize]
+    checkpoints = ", activation checkpointing" if setting.checkpointing else ""
+    return (
+        f"{model.name}: {parameters} parameters, {dtype}, {setting.batch} x {setting.sequence} tokens"
+        f"{checkpoints}{devices}"
+    )
+
+
+def show(console: Console, title: str, rows: list[Row], setting: Setting, gpu: int | None) -> None:
+    """Prints the table and what it does not say by itself."""
+    console = Console(file=console.file, width=max(console.width, WIDTH))
+    console.print(f"\n{title}", highlight=False, markup=False)
+    parts = [part for part in PARTS if part != "communication" or setting.sharding != "none"]
+    unit, size = unit_of(rows)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in ("optimizer", "step"):
+        table.add_column(name, no_wrap=True)
+    for name in (*parts, "total"):
+        header = f"{name},\n{unit}" if name == "total" else HEADERS.get(name, name)
+        table.add_column(header, justify="right", no_wrap=True)
+    if gpu is not None:
+        table.add_column(f"fits in\n{gpu / size:,.10g} {unit}", justify="right", no_wrap=True)
+    for row in rows:
+        cells = [_figure(getattr(row, part), size) for part in (*parts, "total")]
+        fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / size:,.1f} over"]
+        table.add_row(row.optimizer, row.mode + (" †" if row.refused else ""), *cells, *fits)
+    console.print(table)
+    console.print(NOTE, highlight=False)
+    for note in notes(rows, setting):
+        console.print(note, highlight=False, markup=False)
+
+
+def notes(rows: list[Row], setting: Setting) -> list[str]:
+    """What holds for this plan only."""
+    found = []
+    if any(row.activations is None for row in rows):
+        found.append("Activations are not in it: the sizes of this model's layers are not known.")
+    if unknown := {row.optimizer: None for row in rows if row.temporaries is None}:
+        found.append(f"Temporaries of {', '.join(unknown)} are not in it: nobody has counted them.")
+    if setting.sharding == "ddp":
+        found.append(
+            "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
+            "with process_group= and no wrapper, whose buckets would be as large as all gradients."
+        )
+    if refused := next((row.refused for row in rows if row.refused), ""):
+        found.append(f"† arithmetic only, this cannot be run yet: {refused}. fuse_backward refuses them as well.")
+    return found
+
+
+def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
+    """Returns one sentence: what to take, and why."""
+    runs = [row for row in rows if not row.refused]
+    if not runs:
+        return "None of these can be recommended: none runs on sharded parameters yet; torch.AdamW does."
+    least = min(runs, key=lambda row: row.total)
+    if gpu is None:
+        most = max(runs, key=lambda row: row.total)
+        return (
+            f"{_name(least)} takes least, {_gb(least.total)}, and {_name(most)} most, {_gb(most.total)}; "
+            "--gpu SIZE says what to take."
+        )
+    # those that are not in the order come last, from the least
+    order = [*PREFERRED]
+    place = {row: (order.index(row.optimizer) if row.optimizer in order else len(order)) for row in runs}
+    fitting = [row for row in runs if row.total <= gpu]
+    if not fitting:
+        return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)}, {_gb(least.total)}, {_advice(least)}."
+    best = min(fitting, key=lambda row: (place[row], row.mode == "fused", row.total))
+    kept = PREFERRED.get(best.optimizer)
+    reason = (
+        f"of those that fit it keeps most of Adam ({kept})" if kept else "none of these that keeps more of Adam fits"
+    )
+    larger = [row for row in runs if row.total > gpu and place[row] <= place[best] and row.optimizer in PREFERRED]
+    beyond = min(larger, key=lambda row: (place[row], row.total), default=None)
+    against = f"; {_name(beyond)} would take {_gb(beyond.total)}" if beyond else ""
+    return f"Take {_name(best)}: {_gb(best.total)} of {_gb(gpu)}, and {reason}{against}."
+
+
+def _advice(row: Row) -> str:
+    largest = max(PARTS, key=lambda part: getattr(row, part) or 0)
+    hints = {
+        "activations": "most of it activations: a smaller --batch or --sequence, or --checkpointing",
+        "gradients": "most of it gradients: an optimizer of this package with fuse_backward frees them as they arrive",
+        "communication": "most of it layers that are gathered, which more ranks do not make smaller",
+        "state": "most of it state: another --optimizer has less",
+    }
+    return hints.get(largest, "most of it parameters: a larger device, or a smaller --dtype or model")
+
+
+def _name(row: Row) -> str:
+    return row.optimizer + (" with fuse_backward" if row.mode == "fused" else "")
+
+
+def _gb(nbytes: int) -> str:
+    return f"{nbytes / GB:,.1f} GB" if nbytes >= GB else f"{nbytes / 10**6:,.1f} MB"
+
+
+def unit_of(rows: list[Row]) -> tuple[str, int]:
+    """Returns the unit of a table or a picture, and its bytes."""
+    return ("GB", GB) if max(row.total for row in rows) >= GB else ("MB", 10**6)
+
+
+def _figure(nbytes: int | None, unit: int) -> str:
+    return ABSENT if nbytes is None else f"{nbytes / unit:,.3f}" if nbytes < 100 * unit else f"{nbytes / unit:,.1f}"
+
+
+def as_json(model: Model, rows: list[Row], setting: Setting, gpu: int | None) -> str:
+    """Returns the plan, in bytes."""
+    params = [*model.module.parameters()]
+    record: dict[str, Any] = {
+        "model": model.name,
+        "parameters": sum(param.numel() for param in params),
+        "tensors": len(params),
+        "sizes": model.sizes and asdict(model.sizes),
+        "setting": {**asdict(setting), "dtype": str(setting.dtype).removeprefix("torch.")},
+        "gpu_bytes": gpu,
+        # what gradients of a fused backward pass are never more than, in whatever order they come
+        "fused_gradients_bound": largest_two(param for param in params if param.requires_grad),
+        "rows": [
+            {**asdict(row), "total": row.total, "fits": None if gpu is None else row.total <= gpu} for row in rows
+        ],
+        "notes": [NOTE, *notes(rows, setting)],
+        "recommendation": recommendation(rows, setting, gpu),
+    }
+    return json.dumps(record, indent=1)
+
+
+def write_json(path: Path, text: str) -> None:
+    """Writes the plan to a file."""
+    path.write_text(text + "\n", encoding="utf-8")
