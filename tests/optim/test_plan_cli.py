@@ -84,8 +84,9 @@ def test_options_batch_and_checkpointing_count():
 def test_several_devices_say_what_is_arithmetic_only():
     output = words(run("tiny", *SOME, "--ranks", 4, "--sharding", "fsdp2", "--gpu", "1GB").output)
     assert "FSDP2 of 4" in output
-    assert "† arithmetic only, this cannot be run yet: a parameter is a DTensor; sharded parameters are not" in output
-    assert "Take torch.AdamW(fused): " in output
+    assert "† arithmetic only: these do not take sharded parameters yet. fuse_backward takes none." in output
+    assert "SinkGD ordinary †" in output
+    assert "Take AdamW: " in output
     output = words(run("tiny", *SOME, "--ranks", 4).output)
     assert "DDP of 4" in output
     assert "gradient_as_bucket_view=True" in output

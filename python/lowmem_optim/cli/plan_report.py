@@ -99,8 +99,8 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
             "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
             "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
-    if refused := next((row.refused for row in rows if row.refused), ""):
-        found.append(f"† arithmetic only, this cannot be run yet: {refused}. fuse_backward refuses them as well.")
+    if any(row.refused for row in rows):
+        found.append("† arithmetic only: these do not take sharded parameters yet. fuse_backward takes none.")
     return found
 
 
