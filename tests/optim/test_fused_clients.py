@@ -25,11 +25,13 @@ def mean(losses):
 
 
 def test_every_example_is_tested():
+    """Here, but for that of sharded parameters, in test_sharded.py."""
     assert {path.stem for path in EXAMPLES.glob("*.py")} == {
         "plain_loop",
         "accelerate_loop",
         "transformers_trainer",
         "lightning_module",
+        "fsdp2_train",
     }
 
 
