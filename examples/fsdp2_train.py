@@ -4,6 +4,7 @@ On NVIDIA GPUs with NCCL, elsewhere on CPUs with gloo. It saves a checkpoint in 
 from the last that is there, which any other number of processes may have left.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,8 @@ def main(folder: str | None = None, steps: int = 100) -> None:
     if folder is not None:
         # a folder of its own: the last checkpoint stays as it is whatever happens now
         dcp.save(state_of(model, optimizer), checkpoint_id=Path(folder, str(start + steps)))
+    # nobody leaves before all are done
+    dist.barrier()
     dist.destroy_process_group()
 
 
@@ -77,3 +80,6 @@ def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
 
 if __name__ == "__main__":
     main(*sys.argv[1:])
+    sys.stdout.flush()
+    # gloo's threads now and then abort an interpreter that shuts down around them
+    os._exit(0)
