@@ -26,6 +26,16 @@ def log_of(beta: float) -> float:
     return math.log(beta) if beta > 0 else -1e4
 
 
+def compiler_options(num_warps: int, maxnreg: int | None, **others: int) -> dict[str, Any]:
+    """Return options of Triton's compiler. ``maxnreg``: registers that a thread may have; None: as many as it wants."""
+    return {"num_warps": num_warps, **others, **({} if maxnreg is None else {"maxnreg": maxnreg})}
+
+
+def taken_by(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Return those arguments that a kernel takes, of those that several share."""
+    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
+
+
 def update_arguments(
     params: Sequence[Tensor], grads: Sequence[Tensor], layout: Layout, transform: GradTransform, rounding: Rounding
 ) -> dict[str, Any]:

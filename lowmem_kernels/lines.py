@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
+from torch import Tensor
+
 from .schedules import SMALL_TILES, Geometry, Shape
 from .table import collapse
 
@@ -47,6 +49,11 @@ def matrix_shape(shape: tuple[int, ...], conv: bool) -> tuple[int, int, int]:
     return math.prod(shape[:-2]), shape[-2], shape[-1]
 
 
+def as_matrices(tensor: Tensor, conv: bool) -> Tensor:
+    """View a tensor as [matrices, rows, columns]; a contiguous copy where strides do not allow that."""
+    return tensor.reshape(matrix_shape(tuple(tensor.shape), conv))
+
+
 def is_transposed(geometry: Geometry, conv: bool) -> bool:
     """Say whether each matrix of parameter and gradient is contiguous once its two dimensions are swapped."""
     if geometry.strides is None or len(geometry.shape) < 2 or (conv and len(geometry.shape) > 2):
@@ -65,23 +72,22 @@ def is_transposed(geometry: Geometry, conv: bool) -> bool:
     )
 
 
-def line_dims(geometry: Geometry, rows: bool, conv: bool) -> tuple[list[int], dict[str, int]]:
-    """Return what LINE_FIELDS says of dimensions, where lines are rows, or columns: the numbers, and the fields.
+def line_dims(geometry: Geometry, rows: bool, conv: bool) -> tuple[list[int], dict[str, int], dict[str, int]]:
+    """Return what LINE_FIELDS says of dimensions, where lines are rows, or columns: (numbers, starts, counts).
 
-    The fields count from where the numbers start.
+    Starts and counts are fields; the starts are places among the numbers.
     """
     names = ("matrix", "line", "place") if rows else ("matrix", "place", "line")
     if geometry.strides is None:
-        return [], {f"{name}_{what}": 0 for name in names for what in ("dims", "ndim")}
+        return [], {f"{name}_dims": 0 for name in names}, {f"{name}_ndim": 0 for name in names}
     shape, (param, grad) = geometry.shape, geometry.strides
     ends = (0, 0) if len(shape) < 2 else (0, 1) if conv else (len(shape) - 2, len(shape) - 1)
-    dims: list[int] = []
-    fields = {}
+    dims, starts, counts = list[int](), {}, {}
     for name, part in zip(names, (slice(0, ends[0]), slice(*ends), slice(ends[1], None)), strict=True):
         extents = list(reversed(collapse(shape[part], param[part], grad[part])))
-        fields[f"{name}_dims"], fields[f"{name}_ndim"] = len(dims), len(extents)
+        starts[f"{name}_dims"], counts[f"{name}_ndim"] = len(dims), len(extents)
         dims += [number for extent in extents for number in extent]
-    return dims, fields
+    return dims, starts, counts
 
 
 class Cut(NamedTuple):

@@ -5,9 +5,10 @@ How a parameter is cut, and so the order of its sums, depends on its own shape o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 from torch import Tensor
@@ -40,23 +41,48 @@ def geometries_of(tensors: Sequence[Tensor], strides: Sequence[Strides | None]) 
     return tuple([Geometry(tuple(t.shape), s and s[1:]) for t, s in zip(tensors, strides, strict=True)])
 
 
-class Row(Protocol):
-    """One parameter as a family cuts it."""
+class Row(ABC):
+    """One parameter as a family cuts it, and what its kernels read of that: int64 fields.
 
-    #: elements; float32 elements of scratch that it shares with others in turns, and of its own
-    numel: int
-    partial: int
-    scratch: int
-    #: what its fields say where to find: sizes and strides of dimensions
-    dims: list[int]
+    Args:
+        numel: its elements.
+        partial: float32 elements of scratch that it shares with others in turns.
+        sizes: float32 elements of scratch of its own, by field.
+        fields: all else but its key, by name.
+        dims: sizes and strides of its dimensions.
+        starts: where in ``dims`` which of them start, by field.
+    """
 
+    #: The family's fields in the order of its kernels, and the one that tells the place in the shared scratch.
+    names: ClassVar[Sequence[str]]
+    shared: ClassVar[str] = "partial"
+
+    def __init__(
+        self,
+        numel: int,
+        partial: int,
+        sizes: Mapping[str, int],
+        fields: Mapping[str, int],
+        dims: list[int],
+        starts: Mapping[str, int],
+    ) -> None:
+        self.numel, self.partial, self.dims = numel, partial, dims
+        self.scratch = 0
+        self._offsets, self._fields, self._starts = dict[str, int](), fields, starts
+        for name, size in sizes.items():
+            self._offsets[name] = self.scratch
+            self.scratch += vectors(size)
+
+    @abstractmethod
     def stages(self) -> list[Stage]:
         """The parameter's share of each phase."""
-        ...
 
     def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
         """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
-        ...
+        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
+        starts = {name: dims + start for name, start in self._starts.items()}
+        fields = {"key": key, self.shared: partial, **self._fields, **offsets, **starts}
+        return [fields[name] for name in self.names]
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,8 +129,7 @@ def schedule_of(
     slot = max(sum(rows[k].partial for k in bundle) for bundle in bundles)
     scratch = min(SLOTS, len(bundles)) * slot
     rows_start = len(tickets.values)
-    fields = len(rows[0].values(0, 0, 0, 0))
-    dims_start = rows_start + len(rows) * fields
+    dims_start = rows_start + len(rows) * len(rows[0].names)
     values, dims = list[int](), list[int]()
     for b, bundle in enumerate(bundles):
         partial = b % SLOTS * slot

@@ -213,6 +213,14 @@ def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, .
     return merged
 
 
+def offsets_of(shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
+    """Return the offsets in memory, in elements, of all elements in logical order: int64."""
+    offsets = np.zeros(1, dtype=np.int64)
+    for size, stride in zip(shape, strides, strict=True):
+        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * stride).ravel()
+    return offsets
+
+
 def counters(rows: int, device: torch.device) -> Tensor:
     """Return at least ``rows`` int32 zeros, one for each row of a table.
 

@@ -12,7 +12,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import TRITON_DTYPES, device_scalar, update_arguments
+from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
 from ..schedules import Shape, geometries_of, launch_schedule
@@ -35,8 +35,7 @@ class FactoredPlan:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler's options."""
-        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, **bound}
+        return compiler_options(self.num_warps, self.maxnreg)
 
 
 def plan_factored(tile: Shape, layout: Layout, warp_size: int) -> FactoredPlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ..schedules import SMALL_TILES, Geometry, Schedule, Shape, schedule_of, vectors
+from ..schedules import SMALL_TILES, Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout, collapse
 from ..tickets import Order, Stage
 from .fields import FIELDS, PHASES, SCALARS, SLAB
@@ -84,12 +84,13 @@ def tile_of(geometry: Geometry, layout: Layout) -> Shape:
     return narrow if len(shape) >= 2 and shape[-1] <= 2 * narrow.cols else wide
 
 
-class _Row:
-    """One parameter's fields."""
+class _Row(Row):
+    """One parameter of a launch."""
+
+    names = FIELDS
 
     def __init__(self, geometry: Geometry, tile: Shape, phases: Sequence[str]) -> None:
         shape, residual = geometry.shape, "residual" in phases
-        self._phases = phases
         numel = torch.Size(shape).numel()
         full = len(shape) < 2 or numel == 0
         if full:
@@ -123,15 +124,9 @@ class _Row:
             "res_scale": matrices * m if residual and not full else 0,
             "res_mean": matrices if residual else 0,
         }
-        self.numel = numel
-        self.partial = 0 if full else vectors(matrices * groups * 2 * m)
-        self._full = full
-        self._offsets, self.scratch = dict[str, int](), 0
-        for name, size in sizes.items():
-            self._offsets[name] = self.scratch
-            self.scratch += vectors(size)
-        self.dims, strides = _strides(geometry, m, full)
-        self._fields = {
+        partial = 0 if full else vectors(matrices * groups * 2 * m)
+        dims, strides = _strides(geometry, m, full)
+        fields = {
             "full": int(full),
             "numel": numel,
             "matrices": matrices,
@@ -146,9 +141,11 @@ class _Row:
             "slab_width": SLAB if slabs > 1 else m,
             "col_tickets": col_tickets,
             "update_sums": (tickets if full else col_tickets) if numel else 0,
-            "ndim": len(self.dims) // 3,
+            "ndim": len(dims) // 3,
             **strides,
         }
+        self._phases, self._full, self._tickets, self._col_tickets = phases, full, tickets, col_tickets
+        super().__init__(numel, partial, sizes, fields, dims, {"dims": 0})
 
     def stages(self) -> list[Stage]:
         """The parameter's share of each phase. Backwards go those that look again at what the one before has read."""
@@ -161,18 +158,12 @@ class _Row:
 
     def _tickets_in(self, phase: str) -> int:
         if phase == "columns":
-            return self._fields["col_tickets"]
+            return self._col_tickets
         if phase == "residual_columns":
-            return 0 if self._full else self._fields["col_tickets"]
+            return 0 if self._full else self._col_tickets
         if phase == "floor":
-            return 0 if self._full else self._fields["tickets"]
-        return self._fields["tickets"]
-
-    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
-        """The row, with its own scratch, its share of the common one, and its dimensions starting at these places."""
-        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
-        fields = {"key": key, "dims": dims, "partial": partial, **self._fields, **offsets}
-        return [fields[name] for name in FIELDS]
+            return 0 if self._full else self._tickets
+        return self._tickets
 
 
 def _strides(geometry: Geometry, m: int, full: bool) -> tuple[list[int], dict[str, int]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import device_scalar, log_of, update_arguments
+from ..arguments import device_scalar, log_of, taken_by, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
 from ..schedules import geometries_of, vectors
@@ -148,9 +148,9 @@ def _start(kernel: Any, programs: int, given: dict[str, Any], **tile: Any) -> No
     """Launch a kernel with those arguments that it takes."""
     if programs == 0:
         return
-    options = ("num_warps", "num_stages", "enable_fp_fusion")
-    taken = {**given, **tile}
-    kernel[(programs,)](**{name: x for name, x in taken.items() if name in kernel.arg_names or name in options})
+    arguments = {**given, **tile}
+    options = {name: arguments[name] for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    kernel[(programs,)](**taken_by(kernel, arguments), **options)
 
 
 def _schedules(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..blocks import BLOCK, read_gradient, store_, sum_is_finite
+from ..blocks import BLOCK, found_inf, read_gradient, store_, sum_is_finite
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .checks import Form, form_of, matrix_shape
@@ -67,7 +67,7 @@ def partial_momentum_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.lowrank.partial_momentum_update_`."""
-    if transform.found_inf is not None and transform.found_inf.item() != 0:
+    if found_inf(transform):
         return
     form = form_of(exp_avgs, lefts, rights, exp_avg_sqs, row_sqs, col_sqs)
     hyper = _Hyper(form, float(lr), betas, eps, weight_decay, rule, transform)

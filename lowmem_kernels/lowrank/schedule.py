@@ -14,7 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from ..schedules import Geometry
-from ..table import Layout, collapse
+from ..table import Layout, collapse, offsets_of
 from .checks import Form, matrix_shape
 
 #: What a kernel reads of each matrix: a row of int64.
@@ -230,16 +230,8 @@ def _places(geometry: Geometry) -> tuple[Place, Place]:
     if len(rows) <= 1 and (shape[-1] == 1 or all(s[-1] == 1 for s in strides)):
         steps = rows[0][1:] if rows else (shape[-1],) * 2
         return Place(steps[0], None, None), Place(steps[1], None, None)
-    first, second = (Place(0, _offsets(shape[:-1], s[:-1]), _offsets(shape[-1:], s[-1:])) for s in strides)
+    first, second = (Place(0, offsets_of(shape[:-1], s[:-1]), offsets_of(shape[-1:], s[-1:])) for s in strides)
     return first, second
-
-
-def _offsets(shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
-    """Offsets in memory of all elements in logical order."""
-    offsets = np.zeros(1, dtype=np.int64)
-    for size, stride in zip(shape, strides, strict=True):
-        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * stride).ravel()
-    return offsets
 
 
 def moments_of(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import Scratch, found_inf, read_gradient, row_blocks, store_, sum_is_finite
-from ..lines import matrix_shape
+from ..lines import as_matrices
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .checks import vector_shapes
@@ -100,9 +100,9 @@ class _X:
 
     def __init__(self, grad: Tensor, rule: NormRule, transform: GradTransform, exp_avg: Tensor | None) -> None:
         self.rule, self.transform = rule, transform
-        self.grad = _matrices(grad, rule.conv)
+        self.grad = as_matrices(grad, rule.conv)
         before = exp_avg is not None and not rule.momentum_after
-        self.exp_avg = _matrices(exp_avg, rule.conv) if before and exp_avg is not None else None
+        self.exp_avg = as_matrices(exp_avg, rule.conv) if before and exp_avg is not None else None
         self.matrices, self.n, self.m = self.grad.shape
         self.sign = steps_of(rule.norms).sign
         self.scratch = Scratch(3)
@@ -192,8 +192,8 @@ class _Update:
 
     def run(self, param: Tensor, x: _X, exp_avg: Tensor | None, keys: tuple[int, int]) -> None:
         """Update a parameter and its momentum."""
-        target = _matrices(param, x.rule.conv)
-        momentum = None if exp_avg is None else _matrices(exp_avg, x.rule.conv)
+        target = as_matrices(param, x.rule.conv)
+        momentum = None if exp_avg is None else as_matrices(exp_avg, x.rule.conv)
         for place in x.places():
             start = (place[0].start * x.n + place[1].start) * x.m
             values, moved = x.block(place)
@@ -224,8 +224,3 @@ class _Update:
         if self.transform.skipped is not None:
             self.transform.skipped.add_(usable.numel() - usable.sum())
         return usable
-
-
-def _matrices(tensor: Tensor, conv: bool) -> Tensor:
-    """View a tensor as [E, n, m]; a contiguous copy where strides do not allow that."""
-    return tensor.reshape(matrix_shape(tuple(tensor.shape), conv))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims, matrix_shape
-from ..schedules import Geometry, Schedule, Shape, schedule_of, vectors
+from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
 from ..tickets import Order, Stage
 from .fields import FIELDS, SLAB
@@ -154,26 +154,26 @@ def schedules_of(
     for route, members in kinds.items():
         sweeps = () if route.whole else sweeps_of(rule, "row" if route.rows else "col")[0]
         rows = [_Row(geometries[i], route, sweeps, rule.conv) for i in members]
-        if not sweeps:
-            # nothing waits for anything, shared scratch included
-            order = replace(order, bundle_bytes=1 << 62)
+        # without sweeps nothing waits for anything, shared scratch included
+        bundling = order if sweeps else replace(order, bundle_bytes=1 << 62)
         frees = max(0, 2 * len(sweeps) - 1)
         member_keys = [keys[i] for i in members]
-        schedule = schedule_of(members, rows, member_keys, itemsize, frees, order, SCRATCH_BYTES)
+        schedule = schedule_of(members, rows, member_keys, itemsize, frees, bundling, SCRATCH_BYTES)
         schedules.append(MultinormSchedule(**vars(schedule), route=route))
     return tuple(schedules)
 
 
-class _Row:
-    """One parameter's fields."""
+class _Row(Row):
+    """One parameter of a launch."""
+
+    names = FIELDS
 
     def __init__(self, geometry: Geometry, route: Route, sweeps: Sequence[Sweep], conv: bool) -> None:
         matrices, n, m = matrix_shape(geometry.shape, conv)
         lines, length = (n, m) if route.rows else (m, n)
-        self.numel = matrices * lines * length
-        if not self.numel:
+        numel = matrices * lines * length
+        if not numel:
             matrices, lines = 1, 0
-        self._sweeps = sweeps
         cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS)
         shares = cut.tickets // cut.groups
         slabs = max(1, -(-length // SLAB)) if cut.batch == 1 else 1
@@ -190,13 +190,9 @@ class _Row:
             "probe": max([0, *self._closing]),
             "ok": 1,
         }
-        self.partial = vectors(matrices * cut.groups * length) if "cross" in sums else 0
-        self._offsets, self.scratch = dict[str, int](), 0
-        for name, size in sizes.items():
-            self._offsets[name] = self.scratch
-            self.scratch += vectors(size)
-        self.dims, self._dims_fields = line_dims(geometry, route.rows, conv)
-        self._fields = {
+        partial = vectors(matrices * cut.groups * length) if "cross" in sums else 0
+        dims, starts, counts = line_dims(geometry, route.rows, conv)
+        fields = {
             "matrices": matrices,
             "lines": lines,
             "length": length,
@@ -206,7 +202,9 @@ class _Row:
             "slab_tickets": slabs,
             "slab_width": SLAB if slabs > 1 else max(length, 1),
             "closing_tickets": self._closing[-1] if sweeps else 0,
+            **counts,
         }
+        super().__init__(numel, partial, sizes, fields, dims, starts)
 
     def stages(self) -> list[Stage]:
         """Reads and what closes them. Every other read goes backwards: it begins with what was read last."""
@@ -214,10 +212,3 @@ class _Row:
         for k, closing in enumerate(self._closing):
             stages += [Stage(2 * k, self._tickets, k % 2 == 1), Stage(2 * k + 1, closing, False)]
         return [*stages, Stage(2 * len(self._closing), self._tickets, len(self._closing) % 2 == 1)]
-
-    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
-        """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
-        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
-        starts = {name: dims + start if name.endswith("dims") else start for name, start in self._dims_fields.items()}
-        fields = {"key": key, "partial": partial, **self._fields, **offsets, **starts}
-        return [fields[name] for name in FIELDS]

@@ -13,7 +13,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import TRITON_DTYPES, device_scalar, log_of, update_arguments
+from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, log_of, update_arguments
 from ..blocks import read_gradient
 from ..device import device_facts
 from ..dispatch import interpreting
@@ -42,8 +42,7 @@ class ProjectionPlan:
 
     def options(self) -> dict[str, Any]:
         """Return the compiler's options."""
-        bound = {} if self.maxnreg is None else {"maxnreg": self.maxnreg}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **bound}
+        return compiler_options(self.num_warps, self.maxnreg, num_stages=self.num_stages)
 
 
 def plan_projection(route: Route, narrow: bool, warp_size: int) -> ProjectionPlan:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..blocks import found_inf, read_gradient, row_blocks, store_, sum_is_finite
-from ..lines import matrix_shape
+from ..lines import as_matrices
 from ..options import GradTransform, Rounding
 from ..rounding import stream_key
 from .draw import projection_of
@@ -132,7 +132,7 @@ class _X:
     def __init__(self, grad: Tensor, rank: int, proj_type: str, conv: bool, transform: GradTransform) -> None:
         self.transform, self._conv = transform, conv
         self.sides = sides_of(tuple(grad.shape), rank, proj_type, conv)
-        self.grad = self._matrices(grad)
+        self.grad = as_matrices(grad, self._conv)
 
     def project(self, projection: Tensor) -> tuple[Tensor, Tensor]:
         """Return the projected gradient [E, channels, r] and the channels' sums of squares, fp32."""
@@ -156,7 +156,7 @@ class _X:
         self, param: Tensor, rates: Tensor, decay: float, stochastic: bool, key: int, keeps: bool = False
     ) -> None:
         """Subtract the gradient times the channels' rates, then decay."""
-        target = self._matrices(param)
+        target = as_matrices(param, self._conv)
         _, rows_of_matrix, columns = self.grad.shape
         for e, rows in self._places():
             rate = rates[e, rows, None] if self.sides.right else rates[e, None]
@@ -192,10 +192,6 @@ class _X:
         if self.transform.clip_value is not None and self.transform.skip_nonfinite:
             return torch.where(unscaled.isfinite(), g, math.nan)  # what clipping would hide
         return g
-
-    def _matrices(self, tensor: Tensor) -> Tensor:
-        """View a tensor as [E, rows, columns]; a contiguous copy where strides do not allow that."""
-        return tensor.reshape(matrix_shape(tuple(tensor.shape), self._conv))
 
 
 def _normalized(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims
-from ..schedules import Geometry, Schedule, Shape, schedule_of, vectors
+from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
 from ..tickets import Order, Stage
 from .fields import FIELDS, SUMS
@@ -145,24 +145,27 @@ def schedules_of(
     schedules = []
     for route, members in kinds.items():
         rows = [_Row(geometries[i], route, work, draw_keys[i]) for i in members]
-        if route.mode == "dot" or len(work.phases) == 1:
-            # products need more tickets at a time than a bundle that stays in the L2 cache has
-            order = replace(order, bundle_bytes=1 << 62)
+        # products need more tickets at a time than a bundle that stays in the L2 cache has
+        unbundled = route.mode == "dot" or len(work.phases) == 1
+        bundling = replace(order, bundle_bytes=1 << 62) if unbundled else order
         frees = 1 if 1 in work.phases else 2
         limit = SCRATCH_BYTES if 1 in work.phases else 1 << 62
-        schedule = schedule_of(members, rows, [keys[i] for i in members], itemsize, frees, order, limit)
+        schedule = schedule_of(members, rows, [keys[i] for i in members], itemsize, frees, bundling, limit)
         schedules.append(ProjectionSchedule(**vars(schedule), route=route))
     return tuple(schedules)
 
 
-class _Row:
-    """One parameter's fields."""
+class _Row(Row):
+    """One parameter of a launch."""
+
+    names = FIELDS
+    shared = "projected"
 
     def __init__(self, geometry: Geometry, route: Route, work: Work, draw_key: int) -> None:
         sides = sides_of(geometry.shape, work.rank, work.proj_type, work.conv)
         matrices, lines, length = sides.matrices, sides.channels, sides.contracted
-        self.numel = matrices * lines * length
-        if not self.numel:
+        numel = matrices * lines * length
+        if not numel:
             lines = 0
         self._phases = work.phases
         cut = cut_lines(matrices, lines, length, _first_tile(route, work), 1 << 30)
@@ -176,13 +179,9 @@ class _Row:
             "factor": matrices,
             "ok": 1,
         }
-        self.partial = vectors(matrices * lines * sides.rank) if route.mode != "none" and 0 in work.phases else 0
-        self._offsets, self.scratch = dict[str, int](), 0
-        for name, size in sizes.items():
-            self._offsets[name] = self.scratch
-            self.scratch += vectors(size)
-        self.dims, self._dims_fields = line_dims(geometry, route.right, work.conv)
-        self._fields = {
+        projected = vectors(matrices * lines * sides.rank) if route.mode != "none" and 0 in work.phases else 0
+        dims, starts, counts = line_dims(geometry, route.right, work.conv)
+        fields = {
             "matrices": matrices,
             "lines": lines,
             "length": length,
@@ -195,18 +194,13 @@ class _Row:
             "moment_lines": moments.group_lines,
             "moment_groups": moments.groups,
             "moment_batch": moments.batch,
+            **counts,
         }
+        super().__init__(numel, projected, sizes, fields, dims, starts)
 
     def stages(self) -> list[Stage]:
         """The phases; the last goes backwards: it begins with what was read last."""
         return [Stage(phase, self._tickets[phase], phase == 2) for phase in self._phases]
-
-    def values(self, key: int, scratch: int, partial: int, dims: int) -> list[int]:
-        """The fields; its own scratch, its share of the common one, and its dimensions start at these places."""
-        offsets = {name: scratch + offset for name, offset in self._offsets.items()}
-        starts = {name: dims + start if name.endswith("dims") else start for name, start in self._dims_fields.items()}
-        fields = {"key": key, "projected": partial, **self._fields, **offsets, **starts}
-        return [fields[name] for name in FIELDS]
 
 
 def _first_tile(route: Route, work: Work) -> Shape:

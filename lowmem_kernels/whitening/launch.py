@@ -11,14 +11,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..arguments import device_scalar, update_arguments
+from ..arguments import device_scalar, taken_by, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
+from ..schedules import geometries_of
 from ..table import Layout, addresses, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
 from .kernels import _advance_kernel, _gram_kernel, _row_stats_kernel, _whiten_apply_kernel
 from .rule import WhiteningRule
-from .schedule import STATS_COLS, STATS_ROWS, Group, Schedule, geometries_of, schedules_of
+from .schedule import STATS_COLS, STATS_ROWS, Group, Schedule, schedules_of
 from .solver import inverse_root
 
 #: Warps of a program that takes row statistics: 16 elements for each thread.
@@ -109,7 +110,7 @@ def _run(schedule: Schedule, table: Tensor, pointers: Tensor, rule: WhiteningRul
     if schedule.stats_tiles:
         with launching_on(device):
             _row_stats_kernel[(schedule.stats_tiles,)](
-                **_taken(_row_stats_kernel, given), bad_ptr=bad, matrices=schedule.matrices,
+                **taken_by(_row_stats_kernel, given), bad_ptr=bad, matrices=schedule.matrices,
                 CENTRE=rule.centred, NORMALIZE=rule.normalize is not None,
                 BLOCK_M=STATS_ROWS, BLOCK_N=STATS_COLS, num_warps=STATS_WARPS, enable_fp_fusion=False,
             )  # fmt: skip
@@ -131,19 +132,14 @@ def _whiten_group(schedule: Schedule, group: Group, bad: Tensor, rule: Whitening
     blocks = -(-group.size // plan.block)
     with launching_on(device):
         _gram_kernel[(group.count * blocks * (blocks + 1) // 2,)](
-            **_taken(_gram_kernel, given), gram_ptr=gram, **tiling
+            **taken_by(_gram_kernel, given), gram_ptr=gram, **tiling
         )
     root, inverse = inverse_root(gram, rule, lift=group.right and rule.centred)
     with launching_on(device):
         _whiten_apply_kernel[(len(group.apply_tiles),)](
-            **_taken(_whiten_apply_kernel, given), bad_ptr=bad, root_ptr=root, inverse_ptr=inverse,
+            **taken_by(_whiten_apply_kernel, given), bad_ptr=bad, root_ptr=root, inverse_ptr=inverse,
             count=group.count, first_tile=group.apply_tiles.start, **tiling,
         )  # fmt: skip
-
-
-def _taken(kernel: Any, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Those arguments that a kernel takes: the first ones only read gradients."""
-    return {name: value for name, value in arguments.items() if name in kernel.arg_names}
 
 
 def _schedules(

@@ -11,9 +11,9 @@ from math import prod
 from typing import NamedTuple
 
 import numpy as np
-from torch import Tensor
 
-from ..table import Layout, Strides
+from ..schedules import Geometry
+from ..table import Layout, offsets_of
 from .solver import BUFFERS
 
 #: What a kernel reads of each matrix: a row of int64.
@@ -46,13 +46,6 @@ WORKSPACE_BYTES = 256 * 2**20
 
 #: Rows of a tile of row statistics, and columns that it has at a time: 16 elements for each thread of four warps.
 STATS_ROWS, STATS_COLS = 8, 256
-
-
-class Geometry(NamedTuple):
-    """What the schedule depends on: a parameter's shape, and where it or its gradient is not contiguous the strides."""
-
-    shape: tuple[int, ...]
-    strides: tuple[tuple[int, ...], tuple[int, ...]] | None
 
 
 class Matrix(NamedTuple):
@@ -103,11 +96,6 @@ class Schedule:
     rows: int
     stats_tiles: int
     groups: tuple[Group, ...]
-
-
-def geometries_of(params: Sequence[Tensor], strides: Sequence[Strides | None]) -> tuple[Geometry, ...]:
-    """Return the geometries of parameters, with the strides of `table.strides_of`."""
-    return tuple([Geometry(tuple(p.shape), s and s[1:]) for p, s in zip(params, strides, strict=True)])
 
 
 def block_of(size: int, layout: Layout) -> int:
@@ -164,7 +152,7 @@ def _schedule(
             for operand, steps in enumerate(strides):
                 if (shape, steps) not in columns:
                     columns[shape, steps] = len(found) * len(FIELDS) + sum(map(len, offsets))
-                    offsets.append(_column_offsets(shape, steps))
+                    offsets.append(offsets_of(shape, steps))
                 places[operand] = columns[shape, steps]
         where = (first_row, stats_tile, apply_tiles[-1])
         ids = (owners[matrix.parameter], keys[matrix.parameter])
@@ -201,17 +189,9 @@ def _matrices(parameter: int, geometry: Geometry, conv: bool) -> Iterator[Matrix
     row_strides, columns = (n, n), None
     if geometry.strides is not None:
         p, g = geometry.strides
-        lead = [_column_offsets(shape[:outer], strides[:outer]) for strides in (p, g)]
+        lead = [offsets_of(shape[:outer], strides[:outer]) for strides in (p, g)]
         row_strides = (p[outer], g[outer])
         columns = (shape[outer + 1 :], p[outer + 1 :], g[outer + 1 :])
     for e in range(prod(shape[:outer])):
         offsets = (e * m * n,) * 2 if columns is None else (int(lead[0][e]), int(lead[1][e]))
         yield Matrix(parameter, m, n, e * m * n, offsets, row_strides, columns)
-
-
-def _column_offsets(shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
-    """Offsets in memory of all elements in logical order."""
-    offsets = np.zeros(1, dtype=np.int64)
-    for size, stride in zip(shape, strides, strict=True):
-        offsets = np.add.outer(offsets, np.arange(size, dtype=np.int64) * stride).ravel()
-    return offsets

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
+from lowmem_kernels.schedules import Geometry
 from lowmem_kernels.table import Layout
 from lowmem_kernels.testing.models import model_shapes
 from lowmem_kernels.whitening import WhiteningRule, solver
 from lowmem_kernels.whitening.launch import WhiteningPlan, plan_products
-from lowmem_kernels.whitening.schedule import FIELDS, WORKSPACE_BYTES, Geometry, block_of, group_size, schedules_of
+from lowmem_kernels.whitening.schedule import FIELDS, WORKSPACE_BYTES, block_of, group_size, schedules_of
 
 ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
 
