@@ -1,7 +1,8 @@
-"""A parameter's row of fields in a table of tickets, and what other programs left in the scratch. Shared by kernels.
+"""A parameter's (or matrix's) row of fields in a table, and what other programs left in the scratch. Shared by kernels.
 
-``at`` is (table_ptr, row_ptr, scratch_ptr): the table, the parameter's row of fields in it, and the scratch. Each
-family has its own list of fields; their numbers are passed as constants.
+``at`` is (table_ptr, row_ptr, scratch_ptr): the table, the row of fields in it, and the scratch; families without
+tickets have their addresses there instead. Each family has its own list of fields; their numbers are passed as
+constants.
 """
 
 import triton
@@ -14,7 +15,7 @@ _GROUPS_AT_A_TIME = tl.constexpr(128)
 
 @triton.jit
 def field(at, FIELD: tl.constexpr):
-    """A field of the parameter's row, int64."""
+    """A field of the row, int64."""
     _, row_ptr, _ = at
     return tl.load(row_ptr + FIELD)
 

@@ -24,17 +24,27 @@ def scalar_or(x, default: tl.constexpr):
 
 
 @triton.jit
-def find_row(table_ptr, rows, tile, COLUMNS: tl.constexpr):
-    """(row_ptr, row) of the row that owns a tile, found by bisection: the last whose first_tile is not above it."""
-    low = 0
-    high = rows
+def find_owner(table_ptr, first, end, tile, WIDTH: tl.constexpr, FIELD: tl.constexpr):
+    """The row that owns a tile, by bisection: the last of first .. end - 1 whose FIELD, its first tile, is not above.
+
+    Rows have WIDTH numbers.
+    """
+    low = first
+    high = end
     while high - low > 1:
         middle = (low + high) // 2
-        if tl.load(table_ptr + middle.to(tl.int64) * (_HEADER + COLUMNS)) <= tile:
+        if tl.load(table_ptr + middle.to(tl.int64) * WIDTH + FIELD) <= tile:
             low = middle
         else:
             high = middle
-    return table_ptr + low.to(tl.int64) * (_HEADER + COLUMNS), low
+    return low
+
+
+@triton.jit
+def find_row(table_ptr, rows, tile, COLUMNS: tl.constexpr):
+    """(row_ptr, row) of the row of a table of table.py that owns a tile."""
+    row = find_owner(table_ptr, 0, rows, tile, _HEADER + COLUMNS, 0)
+    return table_ptr + row.to(tl.int64) * (_HEADER + COLUMNS), row
 
 
 @triton.jit

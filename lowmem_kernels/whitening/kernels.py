@@ -7,7 +7,8 @@ row_ptr, addresses_ptr): the table of schedule.py, the matrix's row in it, and t
 import triton
 import triton.language as tl
 
-from ..fragments import count_skipped, is_finite, rounded, scalar_or, stream_key, transformed
+from ..field_fragments import field, field32
+from ..fragments import count_skipped, find_owner, is_finite, rounded, scalar_or, stream_key, transformed
 from .schedule import COLUMNS as _COLUMNS
 from .schedule import FIELDS as _FIELDS
 from .solver import TINY as _TINY
@@ -26,41 +27,20 @@ def _matrix(table_ptr, addresses_ptr, matrix):
 
 
 @triton.jit
-def _find_matrix(table_ptr, first, end, tile, FIELD: tl.constexpr):
-    """The matrix that owns a tile, by bisection: the last of first .. end - 1 whose first tile is not above it."""
-    low = first
-    high = end
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table_ptr + middle.to(tl.int64) * _FIELD_COUNT + FIELD) <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def _field(at, FIELD: tl.constexpr):
-    """A field of the matrix's row, int64."""
-    _, row_ptr, _ = at
-    return tl.load(row_ptr + FIELD)
-
-
-@triton.jit
 def _sides(at, ALIGNED: tl.constexpr):
     """(m, n), int32. Where ALIGNED n is a product by 8, so that the compiler can prove that no mask cuts a vector."""
-    n = _field(at, _N).to(tl.int32)
+    n = field32(at, _N)
     if ALIGNED:
         n = (n // 8) * 8
-    return _field(at, _M).to(tl.int32), n
+    return field32(at, _M), n
 
 
 @triton.jit
 def _pointer(at, OPERAND: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Where the matrix starts in the parameter (OPERAND 0) or the gradient (1)."""
     _, _, addresses_ptr = at
-    address = tl.load(addresses_ptr + _field(at, _OWNER) * _COLUMN_COUNT + OPERAND)
-    pointer = address.to(tl.pointer_type(DTYPE)) + _field(at, _OFFSET + OPERAND)
+    address = tl.load(addresses_ptr + field(at, _OWNER) * _COLUMN_COUNT + OPERAND)
+    pointer = address.to(tl.pointer_type(DTYPE)) + field(at, _OFFSET + OPERAND)
     if ALIGNED:
         pointer = tl.multiple_of(pointer, 16)
     return pointer
@@ -71,9 +51,9 @@ def _offsets(at, rows, cols, n, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
     """Offsets of a tile from where the matrix starts, int64."""
     if STRIDED:
         table_ptr, _, _ = at
-        columns_ptr = table_ptr + _field(at, _COLUMN_OFFSETS + OPERAND)
+        columns_ptr = table_ptr + field(at, _COLUMN_OFFSETS + OPERAND)
         columns = tl.load(columns_ptr + cols, mask=cols < n, other=0)
-        return rows.to(tl.int64)[:, None] * _field(at, _ROW_STRIDE + OPERAND) + columns[None, :]
+        return rows.to(tl.int64)[:, None] * field(at, _ROW_STRIDE + OPERAND) + columns[None, :]
     else:
         return rows.to(tl.int64)[:, None] * n + cols[None, :]
 
@@ -97,7 +77,7 @@ def _x_tile(
 ):
     """A tile of X; 0 outside of the matrix."""
     g, mask = _gradient_tile(at, g_ptr, rows, cols, sides, gradient, STRIDED, SKIP_NONFINITE)
-    row_ptr = stats_ptr + _field(at, _FIRST_ROW) + rows
+    row_ptr = stats_ptr + field(at, _FIRST_ROW) + rows
     m, _ = sides
     mean = tl.load(row_ptr, mask=rows < m, other=0.0)
     factor = tl.load(row_ptr + all_rows, mask=rows < m, other=0.0)
@@ -118,12 +98,12 @@ def _row_stats_kernel(
     of distances from the mean, so that a constant row has none and nothing cancels.
     """
     tile = tl.program_id(0)
-    at = _matrix(table_ptr, addresses_ptr, _find_matrix(table_ptr, 0, matrices, tile, _STATS_TILE))
+    at = _matrix(table_ptr, addresses_ptr, find_owner(table_ptr, 0, matrices, tile, _FIELD_COUNT, _STATS_TILE))
     sides = _sides(at, ALIGNED)
     m, n = sides
     g_ptr = _pointer(at, 1, GRAD, ALIGNED)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
-    rows = (tile - _field(at, _STATS_TILE)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = (tile - field(at, _STATS_TILE)).to(tl.int32) * BLOCK_M + tl.arange(0, BLOCK_M)
 
     mean = tl.zeros((BLOCK_M,), tl.float32)
     if CENTRE:
@@ -146,14 +126,14 @@ def _row_stats_kernel(
         # the product makes NaN of an Inf, of which the root would make a row of zeros
         factor = tl.where(square < _SMALLEST, 0.0, tl.rsqrt(square + 0.0 * square))
 
-    row_ptr = stats_ptr + _field(at, _FIRST_ROW) + rows
+    row_ptr = stats_ptr + field(at, _FIRST_ROW) + rows
     tl.store(row_ptr, mean, mask=rows < m)
     tl.store(row_ptr + all_rows, factor, mask=rows < m)
     if SKIP_NONFINITE:
         # times m, so that the sum over all rows is finite too
         bad = (rows < m) & (is_finite(square * n * m) == 0)
         if tl.sum(bad.to(tl.int32)) > 0:
-            tl.store(bad_ptr + _field(at, _OWNER), 1)
+            tl.store(bad_ptr + field(at, _OWNER), 1)
 
 
 @triton.jit(do_not_specialize=["first", "all_rows"])
@@ -220,12 +200,12 @@ def _whiten_apply_kernel(
     D is X Z where RIGHT, else Z X, times what makes its root mean square 1.
     """
     tile = first_tile + tl.program_id(0)
-    matrix = _find_matrix(table_ptr, first, first + count, tile, _APPLY_TILE)
+    matrix = find_owner(table_ptr, first, first + count, tile, _FIELD_COUNT, _APPLY_TILE)
     at = _matrix(table_ptr, addresses_ptr, matrix)
     if scalar_or(found_inf, 0.0) != 0.0:
         return
     if SKIP_NONFINITE:
-        if tl.load(bad_ptr + _field(at, _OWNER)) != 0:
+        if tl.load(bad_ptr + field(at, _OWNER)) != 0:
             return
     sides = _sides(at, ALIGNED)
     m, n = sides
@@ -233,7 +213,7 @@ def _whiten_apply_kernel(
     p_ptr = _pointer(at, 0, PARAM, ALIGNED)
     gradient = (scale * scalar_or(inv_scale, 1.0), clip_value, scalar_or(clip_coef, 1.0))
     # programs beside each other share the part of X that they read, and the root comes from the L2 cache
-    place = (tile - _field(at, _APPLY_TILE)).to(tl.int32)
+    place = (tile - field(at, _APPLY_TILE)).to(tl.int32)
     if RIGHT:
         across = tl.cdiv(n, BLOCK)
         rows = (place // across) * BLOCK + tl.arange(0, BLOCK)
@@ -263,12 +243,12 @@ def _whiten_apply_kernel(
     p_ptrs = p_ptr + _offsets(at, rows, cols, n, 0, STRIDED)
     if UPDATE:
         _, _, addresses_ptr = at
-        step_ptr = tl.load(addresses_ptr + _field(at, _OWNER) * _COLUMN_COUNT + _STEP).to(tl.pointer_type(tl.float32))
-        key = stream_key(_field(at, _KEY), tl.load(step_ptr) + 1.0, 0)
+        step_ptr = tl.load(addresses_ptr + field(at, _OWNER) * _COLUMN_COUNT + _STEP).to(tl.pointer_type(tl.float32))
+        key = stream_key(field(at, _KEY), tl.load(step_ptr) + 1.0, 0)
         rate = scalar_or(lr, 0.0)
         p = tl.load(p_ptrs, mask=mask, other=0.0).to(tl.float32)
         new_p = p - (rate * update_scale * factor * update + rate * weight_decay * p)
-        start = _field(at, _START) + rows.to(tl.int64)[:, None] * n
+        start = field(at, _START) + rows.to(tl.int64)[:, None] * n
         tl.store(p_ptrs, rounded(new_p, key, start, cols[None, :], PARAM, STOCHASTIC), mask=mask)
     else:
         tl.store(p_ptrs, factor * update, mask=mask)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from ...field_fragments import sum_of
+from ...field_fragments import field, field32, sum_of
 from ...fragments import (
     count_skipped,
     is_finite,
@@ -44,8 +44,6 @@ from .matrices import (
     M,
     N,
     address_of,
-    field,
-    field32,
     find_matrix,
     gradient_tile,
     inside,

@@ -7,6 +7,7 @@ four small matrices: those that make B of Y^T G and of R, and those that make L 
 import triton
 import triton.language as tl
 
+from ...field_fragments import field, field32
 from ...fragments import is_finite, scalar_or
 from ..solver import DEPENDENT as _DEPENDENT
 from ..solver import TINY as _TINY
@@ -27,8 +28,6 @@ from .matrices import (
     M,
     N,
     address_of,
-    field,
-    field32,
     find_matrix,
     gradient_tile,
     left_tile,

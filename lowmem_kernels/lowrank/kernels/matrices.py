@@ -6,7 +6,8 @@
 import triton
 import triton.language as tl
 
-from ...fragments import transformed
+from ...field_fragments import column_address, field, field32
+from ...fragments import find_owner, transformed
 from ..schedule import COLUMNS as _COLUMNS
 from ..schedule import FIELDS as _FIELDS
 
@@ -29,29 +30,8 @@ def matrix_at(table_ptr, addresses_ptr, matrix):
 
 @triton.jit
 def find_matrix(table_ptr, matrices, tile, FIELD: tl.constexpr):
-    """The matrix that owns a tile, by bisection: the last whose first tile is not above it."""
-    low = 0
-    high = matrices
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(table_ptr + middle.to(tl.int64) * FIELD_COUNT + FIELD) <= tile:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-@triton.jit
-def field(at, FIELD: tl.constexpr):
-    """A field of the matrix's row, int64."""
-    _, row_ptr, _ = at
-    return tl.load(row_ptr + FIELD)
-
-
-@triton.jit
-def field32(at, FIELD: tl.constexpr):
-    """A field that is known to fit into 32 bits."""
-    return field(at, FIELD).to(tl.int32)
+    """The matrix that owns a tile."""
+    return find_owner(table_ptr, 0, matrices, tile, FIELD_COUNT, FIELD)
 
 
 @triton.jit
@@ -76,10 +56,7 @@ def offset_of(at, FIELD: tl.constexpr, ALIGNED: tl.constexpr):
 def address_of(at, COLUMN: tl.constexpr, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
     """Where a tensor of the matrix's parameter starts."""
     _, _, addresses_ptr = at
-    pointer = tl.load(addresses_ptr + field(at, OWNER) * COLUMN_COUNT + COLUMN).to(tl.pointer_type(DTYPE))
-    if ALIGNED:
-        pointer = tl.multiple_of(pointer, 16)
-    return pointer
+    return column_address(addresses_ptr + field(at, OWNER) * COLUMN_COUNT, COLUMN, DTYPE, ALIGNED)
 
 
 @triton.jit
