@@ -24,6 +24,8 @@ def stats_of_all(
 
     Where parameters are DTensors both are over all processes, so that all do the same.
     """
+    if found_inf is None and not any(map(_needs_stats, groups)):
+        return None, None
     params = [param for group in groups for param in group["params"]]
     if any_sharded(params):
         return _stats_of_processes(groups, params, buckets, found_inf)
@@ -47,8 +49,6 @@ def _stats_of_processes(
     what has a gradient here.
     """
     needed = any(map(_needs_stats, groups))
-    if not needed and found_inf is None:
-        return None, None
     device = local_of(params[0]).device
     meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
     parts: dict[tuple[Any, ...], list[Tensor]] = {(): []}

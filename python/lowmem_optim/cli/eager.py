@@ -16,7 +16,30 @@ from torch.optim import Optimizer
 SMALLEST = 1e-8  # what ports bound norms by
 
 
-class EagerOptimizer(Optimizer):
+class EagerMatrices(Optimizer):
+    """A rule for matrices, one after the other; torch's AdamW with ``others_lr`` for all else."""
+
+    def __init__(self, params: Iterable[nn.Parameter], defaults: dict[str, Any], others_lr: float) -> None:
+        super().__init__(params, defaults)
+        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
+        self.others = torch.optim.AdamW(others, lr=others_lr, fused=True) if others else None
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Update all parameters once."""
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.ndim == 2 and param.grad is not None:
+                    self._update(param, param.grad, self.state[param], group)
+        if self.others is not None:
+            self.others.step()
+
+    def _update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        """Update one matrix in place."""
+        raise NotImplementedError
+
+
+class EagerOptimizer(EagerMatrices):
     """``p -= lr scale X`` for matrices, with X of their gradient by ``normalize``; AdamW for all else."""
 
     def __init__(
@@ -26,42 +49,22 @@ class EagerOptimizer(Optimizer):
         lr: float = 0.02,
         scale: float = 0.05,
     ) -> None:
-        super().__init__(params, {"lr": lr, "scale": scale})
+        super().__init__(params, {"lr": lr, "scale": scale}, others_lr=lr * scale)
         self.normalize = normalize
-        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
-        self.others = torch.optim.AdamW(others, lr=lr * scale, fused=True) if others else None
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters once."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.ndim == 2 and param.grad is not None:
-                    param.sub_(self.normalize(param.grad), alpha=group["lr"] * group["scale"])
-        if self.others is not None:
-            self.others.step()
+    def _update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        param.sub_(self.normalize(grad), alpha=group["lr"] * group["scale"])
 
 
-class EagerAdaPM(Optimizer):
+class EagerAdaPM(EagerMatrices):
     """AdaPM with a low-rank momentum for matrices: A, the momentum and the residual are made; AdamW for all else."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float = 1e-3, rank: int = 16) -> None:
-        super().__init__(params, {"lr": lr, "rank": rank, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1})
-        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
-        self.others = torch.optim.AdamW(others, lr=lr, fused=True) if others else None
+        defaults = {"lr": lr, "rank": rank, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": 0.1}
+        super().__init__(params, defaults, others_lr=lr)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters once."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.ndim == 2 and param.grad is not None:
-                    self._update(param, param.grad, group)
-        if self.others is not None:
-            self.others.step()
-
-    def _update(self, param: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
-        state, (beta1, beta2), g = self.state[param], group["betas"], grad.float()
+    def _update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+        (beta1, beta2), g = group["betas"], grad.float()
         if not state:
             rank = min(group["rank"], *param.shape)
             state["left"] = g.new_zeros(len(g), rank)
@@ -105,7 +108,7 @@ def whitened(grad: Tensor, iterations: int = 10, beta: float = 0.8) -> Tensor:
     return (d * (sqrt(d.numel()) / d.norm())).to(grad.dtype)
 
 
-class EagerApollo(Optimizer):
+class EagerApollo(EagerMatrices):
     """APOLLO for matrices (arXiv 2412.05270, algorithm 1), with a projection that is kept; AdamW for all else."""
 
     def __init__(
@@ -124,22 +127,9 @@ class EagerApollo(Optimizer):
             "update_proj_gap": update_proj_gap,
             "lr": lr,
         }
-        super().__init__(params, defaults)
-        others = [p for group in self.param_groups for p in group["params"] if p.ndim != 2]
-        self.others = torch.optim.AdamW(others, lr=lr, fused=True) if others else None
+        super().__init__(params, defaults, others_lr=lr)
 
-    @torch.no_grad()
-    def step(self, closure: Any = None) -> Any:
-        """Update all parameters once."""
-        for group in self.param_groups:
-            for param in group["params"]:
-                if param.ndim == 2 and param.grad is not None:
-                    self._update(param, param.grad, self.state[param], group)
-        if self.others is not None:
-            self.others.step()
-
-    @staticmethod
-    def _update(param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
+    def _update(self, param: Tensor, grad: Tensor, state: dict[str, Any], group: dict[str, Any]) -> None:
         right = grad.shape[0] >= grad.shape[1]
         step = state.get("step", 0)
         if step % group["update_proj_gap"] == 0:
