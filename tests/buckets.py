@@ -2,6 +2,8 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -24,27 +26,54 @@ VARIED = [
 NAMES = ("params", "grads", "exp_avgs", "exp_avg_sqs", "steps")
 
 
+class Lists:
+    """Lists of tensors, one entry for each parameter (of `cases`, for `only`): what buckets of all families are."""
+
+    #: The lists, in the order of ``columns``.
+    names: ClassVar[tuple[str, ...]]
+
+    def columns(self):
+        """The lists in the order of ``names``."""
+        return [getattr(self, name) for name in self.names]
+
+    def copies(self):
+        """The lists, as contiguous clones."""
+        return [
+            [t if t is None else t.clone(memory_format=torch.contiguous_format) for t in column]
+            for column in self.columns()
+        ]
+
+    def only(self, indices):
+        """A bucket of some of the same tensors; their places in the run's order, and so their noise, stay."""
+        lists = ([x[i] for i in indices] for x in (*self.columns(), self.cases))
+        return type(self)(*lists, self.precision)
+
+    def uids(self, indices=None):
+        # that use all 64 bits, the sign included
+        indices = range(len(self.params)) if indices is None else indices
+        return [(-1) ** i * (i * (2**33 + 3) + 5) for i in indices]
+
+    def rounding(self, indices=None):
+        return Rounding(self.precision.stochastic, SEED, self.uids(indices))
+
+
+def assert_same_lists(names, actual, expected):
+    """Every tensor of two buckets, or of two results of ``copies``, has the same bits."""
+    actual, expected = (x.columns() if isinstance(x, Lists) else x for x in (actual, expected))
+    for name, column, other in zip(names, actual, expected, strict=True):
+        for i, (a, b) in enumerate(zip(column, other, strict=True)):
+            assert_same_bits(a, b, f"{name}[{i}]")
+
+
 @dataclass
-class Bucket:
+class Bucket(Lists):
+    names = NAMES
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
     precision: Precision
-
-    def columns(self):
-        """The five lists in the order of adamw_'s arguments."""
-        return [getattr(self, name) for name in NAMES]
-
-    def copies(self):
-        """The five lists, as contiguous clones."""
-        return [[t.clone(memory_format=torch.contiguous_format) for t in column] for column in self.columns()]
-
-    def rounding(self):
-        # uids that use all 64 bits, the sign included
-        uids = [(-1) ** i * (i * (2**33 + 3) + 5) for i in range(len(self.params))]
-        return Rounding(self.precision.stochastic, seed=SEED, uids=uids)
 
     def adamw(self, **options):
         adamw_(*self.columns(), **{"rounding": self.rounding(), **ADAMW, **options})
@@ -81,12 +110,7 @@ def set_gradients(bucket, cases, seed):
         )
 
 
-def assert_same_buckets(actual, expected):
-    """Every tensor of two buckets, or of two results of ``copies``, has the same bits."""
-    actual, expected = (x.columns() if isinstance(x, Bucket) else x for x in (actual, expected))
-    for name, column, other in zip(NAMES, actual, expected, strict=True):
-        for i, (a, b) in enumerate(zip(column, other, strict=True)):
-            assert_same_bits(a, b, f"{name}[{i}]")
+assert_same_buckets = partial(assert_same_lists, NAMES)
 
 
 @contextmanager

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from buckets import FP32, SEED
-from lowmem_kernels import Rounding
+from buckets import FP32, Lists
 from lowmem_kernels.factored import FactoredRule, confidence_update_, factored_update_
 from lowmem_kernels.testing import Case, Precision, assert_same_bits, make_tensors
 
@@ -37,7 +36,8 @@ DIALECTS = {**{name: ("factored", options) for name, options in RULES.items()}, 
 
 
 @dataclass
-class Bucket:
+class Bucket(Lists):
+    names = NAMES
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
@@ -48,27 +48,6 @@ class Bucket:
     steps: list[Tensor]
     cases: list[Case]
     precision: Precision
-
-    def columns(self):
-        """The eight lists in the order of NAMES; those that a verb does not take have to stay as they are."""
-        return [getattr(self, name) for name in NAMES]
-
-    def copies(self):
-        """The eight lists, as contiguous clones."""
-        return [
-            [t if t is None else t.clone(memory_format=torch.contiguous_format) for t in column]
-            for column in self.columns()
-        ]
-
-    def only(self, indices):
-        """A bucket of some of the same tensors; their places in the run's order, and so their noise, stay."""
-        lists = ([x[i] for i in indices] for x in (*self.columns(), self.cases))
-        return Bucket(*lists, self.precision)
-
-    def rounding(self, indices=None):
-        # uids that use all 64 bits, the sign included
-        indices = range(len(self.params)) if indices is None else indices
-        return Rounding(self.precision.stochastic, SEED, [(-1) ** i * (i * (2**33 + 3) + 5) for i in indices])
 
     def run(self, verb, **options):
         options = {"rounding": self.rounding(), **(CAME if verb == "confidence" else RULES["relative"]), **options}

@@ -1,14 +1,14 @@
 """Buckets of tensors for the multi-normalization verbs. The same arguments make equal buckets."""
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from buckets import FP32, SEED
-from lowmem_kernels import Rounding
+from buckets import FP32, Lists, assert_same_lists
 from lowmem_kernels.multinorm import NormRule, sinkhorn_update_
-from lowmem_kernels.testing import Case, Precision, assert_same_bits, make_tensors
+from lowmem_kernels.testing import Case, Precision, make_tensors
 
 NAMES = ("params", "grads", "exp_avgs", "steps")
 HYPER = dict(lr=2e-2, weight_decay=0.1)
@@ -33,30 +33,14 @@ RULES = {
 
 
 @dataclass
-class Bucket:
+class Bucket(Lists):
+    names = NAMES
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     steps: list[Tensor]
     cases: list[Case]
     precision: Precision
-
-    def columns(self):
-        """The lists in the order of NAMES."""
-        return [getattr(self, name) for name in NAMES]
-
-    def copies(self):
-        """The lists, as contiguous clones."""
-        return [[t.clone(memory_format=torch.contiguous_format) for t in column] for column in self.columns()]
-
-    def only(self, indices):
-        """A bucket of some of the same tensors."""
-        return Bucket(*([x[i] for i in indices] for x in (*self.columns(), self.cases)), self.precision)
-
-    def rounding(self, indices=None):
-        # uids that use all 64 bits, the sign included
-        indices = range(len(self.params)) if indices is None else indices
-        return Rounding(self.precision.stochastic, SEED, [(-1) ** i * (i * (2**33 + 3) + 5) for i in indices])
 
     def run(self, rule, **options):
         options = {"rounding": self.rounding(), **HYPER, **options}
@@ -77,9 +61,4 @@ def make_bucket(cases, precision=FP32, seed=0):
     return bucket
 
 
-def assert_same_buckets(actual, expected):
-    """Every tensor of two buckets, or of two results of ``copies``, has the same bits."""
-    actual, expected = (x.columns() if isinstance(x, Bucket) else x for x in (actual, expected))
-    for name, column, other in zip(NAMES, actual, expected, strict=True):
-        for i, (a, b) in enumerate(zip(column, other, strict=True)):
-            assert_same_bits(a, b, f"{name}[{i}]")
+assert_same_buckets = partial(assert_same_lists, NAMES)

@@ -1,8 +1,6 @@
 """One of two processes that train replicas of a model: python replicas_worker.py RANK FILE."""
 
-import os
 import sys
-import traceback
 
 import pytest
 import torch
@@ -10,6 +8,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+import optim.worker as worker
 from lowmem_optim import AdaLomo, AdamW, fuse_backward
 from optim.tensors import assert_same_bits, copies
 
@@ -109,26 +108,12 @@ def different_parameters():
 
 
 def main():
-    dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=RANK, world_size=2)
-    code = 0
-    try:
-        averages_equal_those_of_the_wrapper()
-        micro_batches_and_norms()
-        a_wrapper_averages_again_after_the_handle_is_gone()
-        nobody_averages()
-        different_parameters()
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 0:
-        dist.barrier()
-        dist.destroy_process_group()
-    # threads of a backend may be in the way of an ordinary exit
-    os._exit(code)
+    averages_equal_those_of_the_wrapper()
+    micro_batches_and_norms()
+    a_wrapper_averages_again_after_the_handle_is_gone()
+    nobody_averages()
+    different_parameters()
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    worker.run(main, RANK, 2, meeting=sys.argv[2])

@@ -4,9 +4,7 @@ Process 0 writes the table of what works into FOLDER/table-PROCESSES.md. Two pro
 which four, and three of them, carry on.
 """
 
-import os
 import sys
-import traceback
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -20,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.placement_types import _StridedShard
 
 import optim.sharded_checks as checks
+import optim.worker as worker
 from lowmem_kernels.numerics import parity_tolerance
 from lowmem_optim import AdamW, Lomo
 from optim.cases import exported
@@ -147,30 +146,16 @@ def write_table(rows):
 
 
 def main():
-    dist.init_process_group("gloo", init_method=f"file://{FOLDER}/meeting-{SIZE}", rank=RANK, world_size=SIZE)
-    code = 0
-    try:
-        rows: dict[str, dict[str, str]] = {}
-        equals_one_process(rows)
-        if RANK == 0:
-            write_table(rows)
-        if SIZE == 2:
-            leaves_a_checkpoint()
-        else:
-            carries_on_elsewhere()
-        checks.run(RANK, SIZE)
-    except BaseException:
-        traceback.print_exc()
-        code = 1
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if code == 0:
-        dist.barrier()
-        dist.destroy_process_group()
-    # threads of a backend may be in the way of an ordinary exit
-    os._exit(code)
+    rows: dict[str, dict[str, str]] = {}
+    equals_one_process(rows)
+    if RANK == 0:
+        write_table(rows)
+    if SIZE == 2:
+        leaves_a_checkpoint()
+    else:
+        carries_on_elsewhere()
+    checks.run(RANK, SIZE)
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
-    main()
+    worker.run(main, RANK, SIZE, meeting=FOLDER / f"meeting-{SIZE}")

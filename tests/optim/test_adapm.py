@@ -1,7 +1,6 @@
 """Which block gets which moments and what that costs, slices of parameters, and what AdaPM is at both ends."""
 
 import io
-import sys
 
 import pytest
 import torch
@@ -11,6 +10,7 @@ from lowmem_kernels.testing.models import Architecture, model_shapes
 from lowmem_optim import AdamMini, AdamW, AdaPM, split_params
 from lowmem_optim.blocks import POLICY, kind_of
 from lowmem_optim.cli.model import ByteModel, ModelConfig
+from optim.calls import calls_in
 from optim.tensors import (
     assert_same_bits,
     assert_same_states,
@@ -374,19 +374,3 @@ def test_slices_of_gradients_cost_no_call_of_python():
         set_gradients([param for _, param in named], 2)
         counts.append(calls_in(optimizer._buckets))
     assert counts[0] == counts[1]
-
-
-def calls_in(function):
-    """How many functions are called, Python's and C's, from Python."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls

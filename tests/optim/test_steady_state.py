@@ -1,7 +1,6 @@
 """What a step costs the host when nothing but gradients is new, and that a step notices whatever else is."""
 
 import gc
-import sys
 import weakref
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 
 from lowmem_kernels.testing.fake_driver import fake_driver
 from lowmem_optim import CAME, SWAN, Adafactor, AdaLomo, AdamMini, AdamW, AdaPM, Lomo, SinkGD, TorchAdafactor
+from optim.calls import calls_in
 
 OPTIMIZERS = {
     "AdamW": lambda p, **o: AdamW(p, lr=1e-2, **o),
@@ -175,22 +175,6 @@ def test_what_remembers_does_not_keep_gradients_or_parameters_alive():
         assert not any(ref() is not None for ref in states)
     finally:
         gc.enable()
-
-
-def calls_in(function):
-    """How many functions are called, Python's and C's."""
-    calls = 0
-
-    def count(frame, event, argument):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    sys.setprofile(count)
-    try:
-        function()
-    finally:
-        sys.setprofile(None)
-    return calls
 
 
 @every_optimizer
