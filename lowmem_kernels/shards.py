@@ -1,11 +1,16 @@
-"""Where in a whole tensor the elements of a shard of it are, on which rounding noise depends."""
+"""Parameters in pieces, one in each of several processes: where in the whole a piece is, and over whom sums go."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: Adds up a float32 vector over processes, in place. Each of them calls it with a vector of the same length, and all
+#: get the same bits.
+Sum = Callable[[Tensor], object]
 
 
 @dataclass(frozen=True)
@@ -45,3 +50,26 @@ class Shard:
         outer, inner = self.extents[:1], self.extents[1:]
         others = [number for extent in reversed(inner) for number in extent]
         return (self.first, outer[0][1] if outer else 1, len(inner), *others)
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How the parameters of a list are spread over processes, each of which calls the verb with the pieces it has.
+
+    All are cut alike: what is said of sums holds for each of them. Rows and columns are those of a verb's matrices: the
+    last two dimensions, or with ``conv`` the first and all others; a vector is one row. Every process calls every sum,
+    as often as the others and with as long a vector, whether its pieces have elements or not.
+
+    Attributes:
+        shapes: of the whole parameters, each with the dimensions of its piece.
+        shards: which elements of the whole each piece has; None: all of them, some of the first in order, or none.
+        sum_rows: over the processes that have the other rows of the same columns; None where columns are whole.
+        sum_cols: over the processes that have the other columns of the same rows; None where rows are whole.
+        sum_pieces: over all processes that have other pieces of the same parameters, matrices of a stack included.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    shards: tuple[Shard | None, ...]
+    sum_rows: Sum | None
+    sum_cols: Sum | None
+    sum_pieces: Sum
