@@ -120,7 +120,9 @@ class Grid:
 
         def along(axis: int, name: str) -> Sum | None:
             ranks = [
-                r for r in everyone if all(a == b for i, (a, b) in enumerate(zip(self._places(r), mine, strict=True)) if i != axis)
+                r
+                for r in everyone
+                if all(a == b for i, (a, b) in enumerate(zip(self._places(r), mine, strict=True)) if i != axis)
             ]
             return meetings.sum_of(rank, tuple(ranks), name) if len(ranks) > 1 else None
 

@@ -38,8 +38,6 @@ class AdamW(LowMemOptimizer):
     Source: arXiv 1711.05101, algorithm 2; the decay is multiplied by lr as in torch.optim.AdamW.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -70,6 +68,9 @@ class AdamW(LowMemOptimizer):
         dtype = param.dtype if group["state_dtype"] == "param" else torch.float32
         moments = ("exp_avg", "exp_avg_sq")
         return {key: torch.zeros_like(param, dtype=dtype, memory_format=torch.contiguous_format) for key in moments}
+
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        return True
 
     def update(self, bucket: Bucket) -> None:
         group = bucket.group

@@ -12,11 +12,12 @@ from typing_extensions import Unpack
 
 from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, projection_matrix
 from lowmem_kernels.projection.checks import check_draw, check_rule
-from lowmem_kernels.projection.rule import moment_shape, norm_shape
+from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of
 
 from .base import StateDict
 from .buckets import OWN_RULE, Bucket
 from .checks import check_choice, check_integer, check_number, check_state_dtype
+from .pieces import Dims
 from .routed import RoutedOptimizer, RoutedOptions
 
 #: What a group keeps besides options: which projection is in force, counted from 1, and the steps that it has seen.
@@ -156,6 +157,19 @@ class APOLLO(RoutedOptimizer):
             "update_norm": torch.zeros(norm_shape(shape, rule), device=device),
             "epoch": torch.zeros((), device=device),
         }
+
+    def state_dims(self, key: str, param: Tensor, group: Mapping[str, Any], place: int) -> Dims:
+        if self.rule_of(param, group) != OWN_RULE:
+            return super().state_dims(key, param, group, place)
+        rule, outer = self.rule(group), range(0 if group["stacks"] == "conv" else param.ndim - 2)
+        if key == "update_norm":
+            return outer
+        sides = sides_of(tuple(param.shape), rule.rank, rule.proj_type, rule.conv)
+        if not sides.projected:
+            return range(param.ndim)
+        # a convolution's columns are several dimensions of it
+        columns = None if len(outer) != param.ndim - 2 else param.ndim - 1
+        return (*outer, len(outer), None) if sides.right else (*outer, None, columns)
 
     def begin_step(self, buckets: list[Bucket]) -> None:
         """Advance the clocks of projections, on the device: only there is it known whether the step is skipped."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from operator import is_
 from typing import Any, ClassVar, NamedTuple, Protocol, overload
 
@@ -18,7 +19,9 @@ from .buckets import OWN_RULE, Bucket, Part, facts_of
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 from .clipping import on_device, stats_of_all, with_stats
-from .sharding import check_placements, check_sharding, placing
+from .owners import update_on_owners
+from .pieces import Dims, dims_by_name, new_pieces, stand_in
+from .sharding import check_placements, check_sharding, is_sharded, placing
 
 StateDict = dict[str, Any]
 
@@ -80,9 +83,6 @@ class LowMemOptimizer(Optimizer):
     #: the options that a constructor takes as ``**options``
     common_defaults: ClassVar[Mapping[str, Any]] = COMMON_DEFAULTS
 
-    #: whether parameters may be DTensors
-    takes_shards: ClassVar[bool] = False
-
     #: how checkpoints of other optimizers load
     foreign = Foreign()
 
@@ -97,7 +97,7 @@ class LowMemOptimizer(Optimizer):
     def check_param(self, param: Tensor, group: Mapping[str, Any]) -> None:
         """Raise TypeError or ValueError for a parameter that cannot be optimized with the options of its group."""
         check_param(param, group)
-        check_sharding(param, self)
+        check_sharding(param)
 
     def rule_of(self, param: Tensor, group: Mapping[str, Any]) -> str:
         """Return which of the optimizer's rules, if it has several, updates a parameter; those of a bucket have one."""
@@ -117,6 +117,18 @@ class LowMemOptimizer(Optimizer):
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state tensors of a parameter before its first update, apart from ``step``."""
         raise NotImplementedError
+
+    def state_dims(self, key: str, param: Tensor, group: Mapping[str, Any], place: int) -> Dims:
+        """Return how a state goes along with its parameter where that is a DTensor."""
+        return dims_by_name(key, param.ndim)
+
+    def start_of(self, key: str, shape: torch.Size) -> Tensor | None:
+        """Return what a state of this shape starts with, where it is not zeros."""
+        return None
+
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        """Say whether `update` takes pieces of parameters; if not, it gets the wholes, each in one process."""
+        return False
 
     def begin_step(self, buckets: list[Bucket]) -> None:
         """Do what is done once in a step for each group, of which these are the first buckets to be updated."""
@@ -152,7 +164,10 @@ class LowMemOptimizer(Optimizer):
             self._set_transforms(buckets)
             self.begin_step(buckets)
             for bucket in buckets:
-                self.update(bucket)
+                if bucket.in_pieces and not self.takes_pieces(bucket):
+                    update_on_owners(bucket, self.update)
+                else:
+                    self.update(bucket)
                 # autograd sees no writes to what a DTensor has here
                 torch.autograd.graph.increment_version(bucket.wholes)
         finally:
@@ -207,7 +222,7 @@ class LowMemOptimizer(Optimizer):
             if grad is not None:
                 group, param = member.group, member.param
                 for part in self.parts_of(param, group, member.place):
-                    where = (param.device, placing(param), placing(grad))
+                    where = (param.device, placing(param), placing(grad), param.ndim if is_sharded(param) else None)
                     kind = (id(group), part.rule, *where, param.dtype, grad.dtype, grad.layout)
                     if kind not in checked:
                         self._check_gradient(group, param, grad, member.identity)
@@ -324,7 +339,13 @@ class LowMemOptimizer(Optimizer):
         state: dict[str, Any] = self.state[member.param]
         state["step"] = torch.zeros((), dtype=torch.float32, device=member.param.device)
         state["uid"] = uid_of(member.identity)
-        state.update(self.state_of(member.param, member.group, member.place))
+        group, place, param, _ = member
+        if is_sharded(param):
+            expected = self.state_of(stand_in(param), group, place)
+            dims_of = partial(self.state_dims, param=param, group=group, place=place)
+            state.update(new_pieces(expected, param, dims_of, self.start_of))
+        else:
+            state.update(self.state_of(param, group, place))
         return state
 
     # checkpoints
@@ -360,10 +381,11 @@ class LowMemOptimizer(Optimizer):
             saved_params = ((saved_id, options) for options in in_force for saved_id in options["params"])
             for (saved_id, options), member in zip(saved_params, self.members(), strict=False):
                 if saved_id in incoming["state"]:
-                    param = member.param
-                    expected = self.state_of(torch.empty_like(param, device="meta"), options, member.place)
+                    param, place = member.param, member.place
+                    expected = self.state_of(stand_in(param), options, place)
                     saved = renamed(incoming["state"][saved_id], self.foreign.states, expected)
-                    states[param] = converted_state(saved, expected, param, member.identity)
+                    dims_of = partial(self.state_dims, param=param, group=options, place=place)
+                    states[param] = converted_state(saved, expected, param, member.identity, dims_of)
             return {**incoming, "param_groups": saved_groups, "state": {}}
 
         def put(_: Optimizer) -> None:

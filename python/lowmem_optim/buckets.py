@@ -15,7 +15,7 @@ from lowmem_kernels.numerics import rounds_stochastically
 from lowmem_kernels.shards import Shard
 from lowmem_kernels.tensors import Gradients, Tensors
 
-from .sharding import any_sharded, cuts_of, is_sharded, local_of, locals_of, placing, shard_of
+from .sharding import any_sharded, cut_dims, cuts_of, is_sharded, local_of, locals_of, placing, shard_of
 
 T = TypeVar("T")
 
@@ -61,18 +61,24 @@ class Bucket:
         self.rule = self.parts[0].rule
         #: the parameters themselves if they are DTensors
         self.wholes = [param for param in params if is_sharded(param)]
+        #: whether no process has all of a parameter: those that belong together have the same placements
+        self.in_pieces = bool(self.wholes and cut_dims(self.wholes[0]))
         here = locals_of(params)
-        self.params = Tensors([part.of(param) for part, param in zip(self.parts, here, strict=True)])
+        # what lies here of a part is no range of what lies here of the parameter
+        narrowed = [] if self.in_pieces else [(i, p.where) for i, p in enumerate(self.parts) if p.where is not None]
+        self._narrowed = [i for i, _ in narrowed]
+        self._wheres = [*zip(*(where for _, where in narrowed), strict=True)]
+        views = [here[i] if self.in_pieces else part.of(here[i]) for i, part in enumerate(self.parts)]
+        self.params = Tensors(views)
         #: which elements of the wholes are here, None where they are all or the first
         self.shards: list[Shard | None] | None = None
         if self.wholes:
             self.shards = [shard_of(param.shape, cuts_of(param)) for param in self.wholes]
         self.states = list(states)
-        narrowed = [(i, part.where) for i, part in enumerate(self.parts) if part.where is not None]
-        self._narrowed = [i for i, _ in narrowed]
-        self._wheres = [*zip(*(where for _, where in narrowed), strict=True)]
         self.grads = Gradients()
         self.transform = GradTransform()
+        #: whether it is kept for the next step
+        self.lasts = True
         # uids of parameters have 56 bits
         self.uids = tuple([s["uid"] + (part.number << 56) for s, part in zip(self.states, self.parts, strict=True)])
         self._values: list[Any] = []

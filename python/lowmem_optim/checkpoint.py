@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowmem_kernels.numerics import name_of
 
-from .sharding import dtensor_of, is_sharded, local_of, placed
+from .pieces import Dims
+from .sharding import dtensor_of, is_sharded, local_of, moved_placements, placed
 
 
 def uid_of(identity: str | int) -> int:
@@ -57,11 +58,16 @@ def _without_ones(value: Tensor, shape: torch.Size) -> Tensor:
 
 
 def converted_state(
-    saved: Mapping[str, Any], expected: Mapping[str, Tensor], param: Tensor, identity: str | int
+    saved: Mapping[str, Any],
+    expected: Mapping[str, Tensor],
+    param: Tensor,
+    identity: str | int,
+    dims_of: Callable[[str], Dims],
 ) -> dict[str, Any]:
     """Return ``saved`` on the parameter's device, in the wider of the saved and the expected dtype, contiguous.
 
-    ``expected`` is the state of a new optimizer, on the meta device. A missing ``uid``, which only we save, is made
+    ``expected`` is the state of a new optimizer, on the meta device; ``dims_of`` says how each goes along with a
+    parameter that is a DTensor. A missing ``uid``, which only we save, is made
     from ``identity``. Raises ValueError, naming the parameter and the key, for keys or shapes that do not fit.
     """
     allowed = {"step", *expected}
@@ -80,8 +86,11 @@ def converted_state(
         wider = torch.promote_types(value.dtype, new.dtype)
         # float64 is the one dtype that nothing here computes in
         dtype = torch.float32 if wider is torch.float64 else wider
-        local = placed(value.detach(), param, name).to(param.device, dtype, copy=True).contiguous()
-        state[key] = dtensor_of(local, param) if is_sharded(param) else local
+        sharded: Any = param if new.ndim and is_sharded(param) else None
+        placements = () if sharded is None else moved_placements(sharded, dims_of(key))
+        local = value if new.ndim == 0 else placed(value.detach(), param, placements, name)
+        local = local_of(local).detach().to(param.device, dtype, copy=True).contiguous()
+        state[key] = local if sharded is None else dtensor_of(local, sharded.device_mesh, placements, new.shape)
     return state
 
 

@@ -59,7 +59,7 @@ class FactoredOptimizer(LowMemOptimizer):
         rule, (lr, weight_decay) = self.rule(bucket.group), self.rates(bucket.group)
         # a captured graph is replayed without Python, where nobody sees that a parameter has changed
         carried = None
-        if rule.scale_parameter and not bucket.group["capturable"]:
+        if rule.scale_parameter and bucket.lasts and not bucket.group["capturable"]:
             carried = bucket.kept("param_sums", lambda params: ParamSums(params, self._places))
         rows, cols = second_moments(bucket)
         factored_update_(

@@ -45,6 +45,7 @@ def fallback_update_(bucket: Bucket, lr: float | Tensor) -> None:
             steps,
             betas=group["fallback_betas"],
             eps=group["fallback_eps"],
+            shards=bucket.shards,
             **common,
         )
     elif bucket.rule == "adafactor":

@@ -36,8 +36,6 @@ class Lomo(LowMemOptimizer):
     Source: arXiv 2306.09782; order of scale, clamp and clip as in the lomo-optim package.
     """
 
-    takes_shards = True
-
     def __init__(
         self,
         params: ParamsT,
@@ -61,6 +59,9 @@ class Lomo(LowMemOptimizer):
 
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         return {}
+
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        return True
 
     def update(self, bucket: Bucket) -> None:
         scaled_update_(

@@ -17,6 +17,7 @@ from .base import LowMemOptimizer, StateDict
 from .blocks import POLICY, Block, Choice, Policy, blocks_of
 from .buckets import Bucket, Part
 from .checks import CommonOptions
+from .pieces import Dims, stand_in
 
 #: The key of a group under which the blocks of its parameters are.
 BLOCKS = "blocks"
@@ -86,6 +87,26 @@ class PartialMomentum(LowMemOptimizer):
             state.update({part.key(key): value for key, value in own.items()})
         return state
 
+    def state_dims(self, key: str, param: Tensor, group: Mapping[str, Any], place: int) -> Dims:
+        name, _, number = key.partition(".")
+        block = _blocks(group, place)[int(number or 0)]
+        outer, last = range(param.ndim - 2), param.ndim - 1
+        if name == "exp_avg_left":
+            dims: Dims = (*range(last), None)
+        elif name == "exp_avg_right":
+            dims = (*outer, None, last)
+        elif block.second in ("rows", "cols") and name.startswith("exp_avg_sq_"):
+            # of groups of lines, and of stacks, no cut of the parameter is one
+            single = param.ndim == 2 and block.size == 1
+            dims = ((0 if block.second == "rows" else 1) if single else None,)
+        else:
+            dims = super().state_dims(key, param, group, place)
+        # what lies in a process of a slice is no range of what lies there of the parameter
+        return [None if block.where is not None and dim == block.where[0] else dim for dim in dims]
+
+    def start_of(self, key: str, shape: torch.Size) -> Tensor | None:
+        return _starting_rows(*shape[-2:]).expand(shape) if key.startswith("exp_avg_right") else None
+
     def _momentum(self, block: Block, part: Tensor, group: Mapping[str, Any]) -> str:
         # a momentum of rank 0 is none
         return "none" if block.momentum == "lowrank" and self._rank(part, group) == 0 else block.momentum
@@ -104,12 +125,10 @@ class PartialMomentum(LowMemOptimizer):
         elif momentum == "lowrank":
             rank = self._rank(part, group)
             shapes["exp_avg_left"] = (*shape[:-1], rank)
-            rows = _starting_rows(rank, shape[-1]) if part.device.type != "meta" else None
-            state["exp_avg_right"] = torch.empty(
-                (*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device
-            )
-            if rows is not None:
-                state["exp_avg_right"].copy_(rows)
+            right = torch.empty((*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device)
+            if part.device.type != "meta":
+                right.copy_(_starting_rows(rank, shape[-1]))
+            state["exp_avg_right"] = right
         if block.second == "element":
             shapes["exp_avg_sq"] = shape
         if block.second == "factored":
@@ -156,7 +175,7 @@ class PartialMomentum(LowMemOptimizer):
         ]
         total, sums = 0, [0, 0]
         for group, place, param, identity in self.members():
-            meta = torch.empty_like(param, device="meta")
+            meta = stand_in(param)
             total += param.numel()
             for part, block in zip(self.parts_of(meta, group, place), _blocks(group, place), strict=True):
                 view = part.of(meta)

@@ -83,6 +83,9 @@ class RoutedOptimizer(LowMemOptimizer):
         rule = self.rule_of(param, group)
         return self.new_matrix_state(param, group) if rule == OWN_RULE else new_fallback_state(rule, param)
 
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        return bucket.rule == "adamw"
+
     def update(self, bucket: Bucket) -> None:
         if bucket.rule == OWN_RULE:
             self.update_matrices(bucket)

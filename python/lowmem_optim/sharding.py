@@ -8,7 +8,7 @@ some ranges of indices, and `Shard` says which elements of the whole those are.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import accumulate, pairwise, product
 from math import prod
 from typing import Any, NamedTuple
@@ -87,6 +87,17 @@ def cut_out(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:
     return whole
 
 
+def boxes_of(shape: Sequence[int], cuts: Sequence[Cut]) -> list[tuple[tuple[slice, ...], tuple[slice, ...]]]:
+    """Return the boxes that are left of a tensor after the cuts: where each is in the whole, and in what is left."""
+    by_dim = []
+    for dim, size in enumerate(shape):
+        ranges = ranges_of(size, [c for c in cuts if c.dim == dim])
+        ends = [*accumulate(length for _, length in ranges)]
+        here = [slice(end - length, end) for end, (_, length) in zip(ends, ranges, strict=True)]
+        by_dim.append([*zip([slice(start, start + length) for start, length in ranges], here, strict=True)])
+    return [(tuple([a for a, _ in box]), tuple([b for _, b in box])) for box in product(*by_dim)]
+
+
 # DTensors. They are recognized by what they have: importing them takes a second, and who has some has imported them
 
 
@@ -122,15 +133,60 @@ def placing(tensor: Any) -> tuple[Any, ...] | None:
     return (tensor.device_mesh, tensor.placements) if is_sharded(tensor) else None
 
 
-def cuts_of(tensor: Any) -> list[Cut]:
-    """Return the cuts that leave of a whole tensor what this process has of a DTensor."""
-    mesh = tensor.device_mesh
-    coordinate = mesh.get_coordinate()
+def placements_of(tensor: Any) -> tuple[Any, ...]:
+    """Return the placements of a DTensor, none of another tensor."""
+    return tuple(tensor.placements) if is_sharded(tensor) else ()
+
+
+def cuts_at(mesh: Any, placements: Sequence[Any], coordinate: Sequence[int]) -> list[Cut]:
+    """Return the cuts that leave of a whole tensor what the process at a place of the mesh has of it."""
     return [
         Cut(placement.dim, mesh.size(i), coordinate[i], getattr(placement, "split_factor", 1))
-        for i, placement in enumerate(tensor.placements)
+        for i, placement in enumerate(placements)
         if not placement.is_replicate()
     ]
+
+
+def cuts_of(tensor: Any) -> list[Cut]:
+    """Return the cuts that leave of a whole tensor what this process has of a DTensor."""
+    return cuts_at(tensor.device_mesh, tensor.placements, tensor.device_mesh.get_coordinate())
+
+
+def cut_dims(tensor: Any) -> tuple[int, ...]:
+    """Return the dimensions of its mesh along which a DTensor is in pieces: not those that have copies of it."""
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return tuple([i for i, p in enumerate(placements) if not p.is_replicate() and mesh.size(i) > 1])
+
+
+def process_group(mesh: Any, dims: tuple[int, ...]) -> Any:
+    """Return the group of this process and those that differ from it in these dimensions of a mesh; None: itself."""
+    if not dims:
+        return None
+    ranks = mesh.mesh
+    for i, place in reversed([*enumerate(mesh.get_coordinate())]):
+        if i not in dims:
+            ranks = ranks.select(i, place)
+    if ranks.numel() == dist.get_world_size():
+        return dist.group.WORLD
+    if len(dims) == 1:
+        return mesh.get_group(dims[0])
+    return _group_of(tuple(sorted(ranks.flatten().tolist())))
+
+
+def moved_placements(param: Any, dims: Sequence[int | None]) -> tuple[Any, ...]:
+    """Return the placements of a tensor whose dimensions go along with these of a DTensor; None: with none of them."""
+    from torch.distributed.tensor import Replicate, Shard
+    from torch.distributed.tensor.placement_types import _StridedShard
+
+    moved: list[Any] = []
+    for placement in param.placements:
+        if placement.is_replicate() or placement.dim not in dims:
+            moved.append(Replicate())
+            continue
+        dim = dims.index(placement.dim)
+        deal = getattr(placement, "split_factor", None)
+        moved.append(Shard(dim) if deal is None else _StridedShard(dim, split_factor=deal))
+    return tuple(moved)
 
 
 def is_first_copy(tensor: Any) -> bool:
@@ -139,14 +195,12 @@ def is_first_copy(tensor: Any) -> bool:
     return all(place == 0 for place, p in zip(coordinate, tensor.placements, strict=True) if p.is_replicate())
 
 
-def dtensor_of(local: Tensor, param: Any) -> Tensor:
-    """Return a DTensor of a parameter's shape and placements of what this process has of it, which is contiguous."""
+def dtensor_of(local: Tensor, mesh: Any, placements: Sequence[Any], shape: Sequence[int]) -> Tensor:
+    """Return a DTensor of what this process has of it, which is contiguous."""
     from torch.distributed.tensor import DTensor
 
-    strides = [*accumulate(reversed(param.shape[1:]), lambda a, b: a * b, initial=1)][::-1][: param.ndim]
-    return DTensor.from_local(
-        local, param.device_mesh, param.placements, run_check=False, shape=param.shape, stride=tuple(strides)
-    )
+    strides = [*accumulate(reversed(shape[1:]), lambda a, b: a * b, initial=1)][::-1][: len(shape)]
+    return DTensor.from_local(local, mesh, placements, run_check=False, shape=torch.Size(shape), stride=tuple(strides))
 
 
 def process_groups(mesh: Any) -> tuple[Any, ...]:
@@ -156,15 +210,10 @@ def process_groups(mesh: Any) -> tuple[Any, ...]:
     return tuple([mesh.get_group(i) for i in range(mesh.ndim) if mesh.size(i) > 1])
 
 
-def check_sharding(param: Any, optimizer: object) -> None:
-    """Raise TypeError or ValueError for a DTensor that an optimizer cannot update, and do nothing for other tensors."""
+def check_sharding(param: Any) -> None:
+    """Raise TypeError or ValueError for a DTensor that no optimizer can update, and do nothing for other tensors."""
     if not is_sharded(param):
         return
-    if not getattr(optimizer, "takes_shards", False):
-        raise TypeError(
-            f"a parameter is a DTensor, and {type(optimizer).__name__} does not take sharded parameters; allowed: for "
-            "these AdamW or Lomo, whose rules are element-wise; here whole parameters, also in DistributedDataParallel"
-        )
     if param.device_mesh.get_coordinate() is None:
         raise ValueError("a parameter is on a mesh that this process is no part of; allowed: meshes that it is part of")
     for placement in param.placements:
@@ -187,23 +236,32 @@ def check_placements(param: Any, grad: Any, identity: str | int) -> None:
         )
 
 
-def placed(value: Any, param: Any, name: str) -> Tensor:
+def placed(value: Any, param: Any, placements: Sequence[Any], name: str) -> Tensor:
     """Return what this process has of a saved state, which is whole or a DTensor of its parameter's mesh.
 
-    Raises ValueError for a DTensor on another mesh, or where the parameter is none.
+    ``placements`` are those that it is to have if the parameter is a DTensor. Raises ValueError for a DTensor on
+    another mesh, or where the parameter is none.
     """
     if not is_sharded(value):
         whole: Tensor = value
-        return cut_out(whole, cuts_of(param)) if is_sharded(param) else whole
+        if not is_sharded(param):
+            return whole
+        return cut_out(whole, cuts_at(param.device_mesh, placements, param.device_mesh.get_coordinate()))
     if not is_sharded(param) or value.device_mesh != param.device_mesh:
         raise ValueError(
             f"{name} is a DTensor on {value.device_mesh}; allowed: whole tensors, or DTensors on the parameter's mesh; "
             "torch.distributed.checkpoint loads from any mesh to any other"
         )
-    if value.placements != param.placements:
-        value = value.redistribute(placements=param.placements)
+    if tuple(value.placements) != tuple(placements):
+        value = value.redistribute(placements=placements)
     local: Tensor = local_of(value)
     return local
+
+
+@cache
+def _group_of(ranks: tuple[int, ...]) -> Any:
+    """A new group, which only its members make."""
+    return dist.new_group(list(ranks), use_local_synchronization=True)
 
 
 @lru_cache(maxsize=4096)

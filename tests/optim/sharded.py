@@ -8,7 +8,21 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Replicate, distribute_tensor
 
-from lowmem_optim import AdamW, Lomo
+from lowmem_optim import (
+    APOLLO,
+    CAME,
+    MNGD,
+    SWAN,
+    Adafactor,
+    AdaLomo,
+    AdamMini,
+    AdamW,
+    AdaPM,
+    APOLLOMini,
+    Lomo,
+    SinkGD,
+    TorchAdafactor,
+)
 from optim.tensors import values
 
 #: Of up to 4 processes, some have nothing of most of these along one dimension or the other.
@@ -17,28 +31,57 @@ SHAPES = [(8, 6), (16, 3, 5), (7, 5), (1, 6), (3, 4, 5), (5,), (0, 4), ()]
 
 @dataclass(frozen=True)
 class Config:
-    """An optimizer with options, collectives in one of its steps, whether shards end with the bits of the whole."""
+    """An optimizer with options, all-reduces in one of its steps, whether shards end with the bits of the whole.
+
+    all_reduces: in a step, besides the two all-to-alls for each bucket of whole matrices.
+    """
 
     name: str
     optimizer: type
     dtype: torch.dtype
     options: dict[str, Any] = field(default_factory=dict)
-    collectives: int = 0
+    all_reduces: int = 0
     same_bits: bool = True
 
     def make(self, params):
-        return self.optimizer(params, lr=1e-2, weight_decay=0.1, **self.options)
+        return self.optimizer(params, **{"lr": 1e-2, "weight_decay": 0.1, **self.options})
 
 
 CONFIGS = [
     Config("AdamW, float32", AdamW, torch.float32),
     Config("AdamW, bfloat16", AdamW, torch.bfloat16),
     Config("AdamW, bfloat16 and states, skipping steps", AdamW, torch.bfloat16,
-           {"state_dtype": "param", "skip_nonfinite": "step"}, collectives=1),
+           {"state_dtype": "param", "skip_nonfinite": "step"}, all_reduces=1),
     Config("Lomo, bfloat16", Lomo, torch.bfloat16),
     Config("Lomo, float32, clip_grad_norm", Lomo, torch.float32,
-           {"clip_grad_norm": 1.0}, collectives=1, same_bits=False),
+           {"clip_grad_norm": 1.0}, all_reduces=1, same_bits=False),
+    Config("Adafactor, float32", Adafactor, torch.float32, {"lr": None}),
+    Config("Adafactor, bfloat16, momentum", Adafactor, torch.bfloat16, {"relative_step": False, "beta1": 0.9}),
+    Config("TorchAdafactor, float32", TorchAdafactor, torch.float32),
+    Config("AdaLomo, float32, clip_grad_norm", AdaLomo, torch.float32,
+           {"clip_grad_norm": 1.0}, all_reduces=1, same_bits=False),
+    Config("AdaLomo, bfloat16", AdaLomo, torch.bfloat16),
+    Config("CAME, float32", CAME, torch.float32),
+    Config("CAME, bfloat16", CAME, torch.bfloat16),
+    Config("SinkGD, float32", SinkGD, torch.float32),
+    Config("SinkGD, bfloat16, momentum, stacks", SinkGD, torch.bfloat16, {"momentum": 0.9, "stacks": "batched"}),
+    Config("MNGD, float32, all fallbacks' table", MNGD, torch.float32,
+           {"norms": ("col", "row", "frobenius"), "fallback": "table"}),
+    Config("MNGD, bfloat16, spectral", MNGD, torch.bfloat16, {"norms": ("row", "spectral"), "iterations": 1}),
+    Config("SWAN, float32", SWAN, torch.float32, {"stacks": "batched"}),
+    Config("SWAN, bfloat16, fallback adafactor", SWAN, torch.bfloat16, {"fallback": "adafactor"}),
+    Config("APOLLO, float32", APOLLO, torch.float32, {"rank": 2, "update_proj_gap": 7}),
+    Config("APOLLO, bfloat16 and states, stacks", APOLLO, torch.bfloat16,
+           {"rank": 2, "state_dtype": "param", "stacks": "batched"}),
+    Config("APOLLOMini, float32", APOLLOMini, torch.float32),
+    Config("AdaPM, float32", AdaPM, torch.float32, {"rank": 2}),
+    Config("AdaPM, bfloat16, adam-mini", AdaPM, torch.bfloat16, {"rank": 2, "second_moment": "adam-mini"}),
+    Config("AdamMini, bfloat16", AdamMini, torch.bfloat16),
 ]  # fmt: skip
+
+
+#: of which a checkpoint is carried on from
+CHECKPOINTED = [config for config in CONFIGS if config.dtype is torch.bfloat16]
 
 
 def starts(dtype):

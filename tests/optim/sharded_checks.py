@@ -14,27 +14,12 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lowmem_kernels.numerics import parity_tolerance
-from lowmem_optim import AdamW, Lomo, fuse_backward
+from lowmem_optim import AdamMini, AdamW, AdaPM, Lomo, fuse_backward
 from lowmem_optim.sharding import local_of
-from optim.sharded import distributed, gradients, starts
+from optim.sharded import CHECKPOINTED, distributed, gradients, starts
 from optim.tensors import assert_same_bits, copies
 
 ROWS = (Shard(0),)
-
-
-def is_refused(optimizer, mesh, placements):
-    """By a sentence that names the optimizer and what to use, and the same for a group that is added later."""
-    sharded = nn.Parameter(distributed(torch.ones(8, 6), mesh, placements))
-    message = (
-        f"a parameter is a DTensor, and {optimizer.__name__} does not take sharded parameters; allowed: .*AdamW or"
-    )
-    with pytest.raises(TypeError, match=message):
-        optimizer([sharded])
-    made = optimizer([nn.Parameter(torch.ones(8, 6))])
-    with pytest.raises(TypeError, match=message):
-        made.add_param_group({"params": [sharded]})
-    assert len(made.param_groups) == 1
-    assert not made.state
 
 
 def net():
@@ -97,9 +82,9 @@ def models_with_tensor_parallel_and_fsdp():
         torch.testing.assert_close(q.full_tensor(), p.detach(), rtol=1e-5, atol=1e-6)
 
 
-def sharded_optimizer(mesh, placements=ROWS, **options):
+def sharded_optimizer(mesh, placements=ROWS, make=AdamW, **options):
     params = [nn.Parameter(distributed(p, mesh, placements)) for p in starts(torch.bfloat16)]
-    return params, AdamW(params, lr=1e-2, **options)
+    return params, make(params, lr=1e-2, **options)
 
 
 def give(params, step, mesh, placements=ROWS):
@@ -111,10 +96,10 @@ def locals_of(params):
     return [p.to_local().detach().clone() for p in params]
 
 
-def copies_and_loaded_states_carry_on(mesh):
-    params, optimizer = sharded_optimizer(mesh, seed=4)
+def copies_and_loaded_states_carry_on(mesh, config):
+    params, optimizer = sharded_optimizer(mesh, make=config.optimizer, **config.options, seed=4)
     plain = [nn.Parameter(p) for p in starts(torch.bfloat16)]
-    whole = AdamW(plain, lr=1e-2, seed=4)
+    whole = config.optimizer(plain, lr=1e-2, **config.options, seed=4)
     for step in range(2):
         give(params, step, mesh)
         optimizer.step()
@@ -124,7 +109,7 @@ def copies_and_loaded_states_carry_on(mesh):
     twins, twin = copy.deepcopy((params, optimizer))
     runs = [(params, optimizer), (twins, twin)]
     for state in (optimizer.state_dict(), whole.state_dict()):
-        others, other = sharded_optimizer(mesh)
+        others, other = sharded_optimizer(mesh, make=config.optimizer, **config.options)
         for a, b in zip(others, params, strict=True):
             a.to_local().detach().copy_(b.to_local())
         other.load_state_dict(state)
@@ -134,10 +119,15 @@ def copies_and_loaded_states_carry_on(mesh):
         one.step()
     for some, one in runs[1:]:
         assert_same_bits(locals_of(some), locals_of(params))
-        assert [one.state[p]["uid"] for p in some] == [optimizer.state[p]["uid"] for p in params]
-        assert all(type(one.state[p]["exp_avg"]) is DTensor for p in some)
-    with pytest.raises(ValueError, match=r"exp_avg of parameter 0 is a DTensor on .*; allowed: whole tensors"):
-        whole.load_state_dict(optimizer.state_dict())
+        for a, b in zip(some, params, strict=True):
+            state, expected = one.state[a], optimizer.state[b]
+            assert state.keys() == expected.keys()
+            assert state["uid"] == expected["uid"]
+            assert [type(v) for v in state.values()] == [type(expected[k]) for k in state]
+    # a matrix whose state goes along with all of it
+    if any(isinstance(v, DTensor) for v in optimizer.state[params[0]].values()):
+        with pytest.raises(ValueError, match=r"exp_avg\w* of parameter 0 is a DTensor on .*; allowed: whole tensors"):
+            whole.load_state_dict(optimizer.state_dict())
 
 
 def all_skip_together(rank, mesh, size):
@@ -159,6 +149,24 @@ def all_skip_together(rank, mesh, size):
         assert_same_bits(locals_of(params), before)
         assert all(optimizer.state[p]["step"] == s["step"] == 1 for p, s in zip(params, states, strict=True))
         assert optimizer.nonfinite_count() == (where == "grad")
+
+
+def a_bad_gradient_stops_its_parameter_in_all_processes(rank, mesh, size, config):
+    """Where the update needs the whole parameter: neither it nor its state moves, in any process, and others do."""
+    params, optimizer = sharded_optimizer(mesh, make=config.optimizer, **config.options)
+    give(params, 0, mesh)
+    optimizer.step()
+    before, states = locals_of(params), copy.deepcopy([optimizer.state[p] for p in params])
+    give(params, 1, mesh)
+    if rank == size - 1:
+        params[0].grad.to_local()[0, 0] = float("nan")
+    optimizer.step()
+    moved = [not torch.equal(a, b) for a, b in zip(before, locals_of(params), strict=True) if a.numel()]
+    assert not moved[0]
+    assert any(moved)
+    for key, value in optimizer.state[params[0]].items():
+        if isinstance(value, torch.Tensor):
+            assert torch.equal(local_of(value), local_of(states[0][key])), key
 
 
 def a_grad_scaler_skips_in_all_processes(rank, mesh):
@@ -244,7 +252,10 @@ def run(rank, size):
     models_that_fsdp_shards(size)
     if size == 4:
         models_with_tensor_parallel_and_fsdp()
-    copies_and_loaded_states_carry_on(mesh)
+    for config in CHECKPOINTED:
+        copies_and_loaded_states_carry_on(mesh, config)
+        if config.optimizer not in (AdamW, Lomo, AdamMini, AdaPM):
+            a_bad_gradient_stops_its_parameter_in_all_processes(rank, mesh, size, config)
     all_skip_together(rank, mesh, size)
     a_grad_scaler_skips_in_all_processes(rank, mesh)
     whole_parameters_among_shards(mesh)

@@ -10,8 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from lowmem_optim import AdamW
-from optim.sharded import Model, state_dicts
+from optim.sharded import CHECKPOINTED, Model, state_dicts
 from optim.tensors import assert_same_bits
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -46,21 +45,22 @@ def run(processes, folder):
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_and_four_processes_equal_one(tmp_path):
-    """One test, since four processes, and then this one, carry on from the checkpoint of two."""
+    """One test, since four processes, and then this one, carry on from the checkpoints of two."""
     for processes in (2, 4):
         run(processes, tmp_path)
         table = (tmp_path / f"table-{processes}.md").read_text()
         print(table)
         assert table in PAGE.read_text(), f"docs/distributed.md has another table:\n{table}"
 
-    model = Model(None, None, fill=0.0)
-    optimizer = AdamW(model.named_parameters(), lr=1e-2, seed=3, state_dtype="param")
-    states = state_dicts(model, optimizer)
-    dcp.load(states, checkpoint_id=tmp_path / "checkpoint", no_dist=True)
-    model.load(optimizer, states)
-    for step in range(3, 6):
-        model.step(optimizer, step)
-    assert_same_bits(list(model.parameters()), torch.load(tmp_path / "ends.pt"))
+    for config in CHECKPOINTED:
+        model = Model(None, None, fill=0.0)
+        optimizer = config.make(model.named_parameters())
+        states = state_dicts(model, optimizer)
+        dcp.load(states, checkpoint_id=tmp_path / config.name, no_dist=True)
+        model.load(optimizer, states)
+        for step in range(3, 6):
+            model.step(optimizer, step)
+        assert_same_bits(list(model.parameters()), torch.load(tmp_path / f"{config.name}.pt"))
 
 
 def test_the_example_learns_and_carries_on(tmp_path):

@@ -42,7 +42,6 @@ class Row:
     mode: "ordinary", or "fused" for the update inside the backward pass.
     gradients: alive at a time.
     temporaries, activations: None where they are not known, for the optimizer or the model; the total then has none.
-    refused: why this cannot be run yet; empty if it can.
     """
 
     optimizer: str
@@ -53,7 +52,6 @@ class Row:
     temporaries: int | None
     activations: int | None
     communication: int
-    refused: str = ""
 
     @property
     def total(self) -> int:
@@ -77,7 +75,7 @@ def plan(model: Model, choices: Iterable[Choice], options: dict[str, Any], setti
             # fuse_backward refuses sharded models, so there is nothing to add up
             if mode == "ordinary" or setting.sharding != "fsdp2":
                 rows.append(_row(model, choice, optimizer, mode, setting))
-    return sorted(rows, key=lambda row: (bool(row.refused), row.total))
+    return sorted(rows, key=lambda row: row.total)
 
 
 def _row(model: Model, choice: Choice, optimizer: torch.optim.Optimizer, mode: str, setting: Setting) -> Row:
@@ -101,7 +99,6 @@ def _row(model: Model, choice: Choice, optimizer: torch.optim.Optimizer, mode: s
         step.temporaries and -(-step.temporaries // shared),
         None if model.sizes is None else activation_bytes(model.sizes, setting),
         _communication(model.module, setting, step.gradients),
-        refused_when_sharded(optimizer) if shared > 1 else "",
     )
 
 
@@ -181,13 +178,6 @@ def nbytes(tensor: Tensor) -> int:
 
 
 # several devices
-
-
-def refused_when_sharded(optimizer: torch.optim.Optimizer) -> str:
-    """Returns why an optimizer does not take sharded parameters; empty where it does."""
-    if not isinstance(optimizer, LowMemOptimizer) or optimizer.takes_shards:
-        return ""
-    return "no sharded parameters"
 
 
 def _communication(module: nn.Module, setting: Setting, gradients: int) -> int:

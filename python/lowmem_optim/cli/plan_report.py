@@ -80,7 +80,7 @@ def show(console: Console, title: str, rows: list[Row], setting: Setting, gpu: i
     for row in rows:
         cells = [_figure(getattr(row, part), size) for part in (*parts, "total")]
         fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / size:,.1f} over"]
-        table.add_row(row.optimizer, row.mode + (" †" if row.refused else ""), *cells, *fits)
+        table.add_row(row.optimizer, row.mode, *cells, *fits)
     console.print(table)
     console.print(NOTE, highlight=False)
     for note in notes(rows, setting):
@@ -99,27 +99,24 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
             "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
             "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
-    if any(row.refused for row in rows):
-        found.append("† arithmetic only: these do not take sharded parameters yet. fuse_backward takes none.")
+    if setting.sharding == "fsdp2":
+        found.append("fuse_backward takes no sharded parameters.")
     return found
 
 
 def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
     """Returns one sentence: what to take, and why."""
-    runs = [row for row in rows if not row.refused]
-    if not runs:
-        return "None of these can be recommended: none runs on sharded parameters yet; torch.AdamW does."
-    least = min(runs, key=lambda row: row.total)
+    least = min(rows, key=lambda row: row.total)
     if gpu is None:
-        most = max(runs, key=lambda row: row.total)
+        most = max(rows, key=lambda row: row.total)
         return (
             f"{_name(least)} takes least, {_gb(least.total)}, and {_name(most)} most, {_gb(most.total)}; "
             "--gpu SIZE says what to take."
         )
     # those that are not in the order come last, from the least
     order = [*PREFERRED]
-    place = {row: (order.index(row.optimizer) if row.optimizer in order else len(order)) for row in runs}
-    fitting = [row for row in runs if row.total <= gpu]
+    place = {row: (order.index(row.optimizer) if row.optimizer in order else len(order)) for row in rows}
+    fitting = [row for row in rows if row.total <= gpu]
     if not fitting:
         return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)}, {_gb(least.total)}, {_advice(least)}."
     best = min(fitting, key=lambda row: (place[row], row.mode == "fused", row.total))
@@ -127,7 +124,7 @@ def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
     reason = (
         f"of those that fit it keeps most of Adam ({kept})" if kept else "none of these that keeps more of Adam fits"
     )
-    larger = [row for row in runs if row.total > gpu and place[row] <= place[best] and row.optimizer in PREFERRED]
+    larger = [row for row in rows if row.total > gpu and place[row] <= place[best] and row.optimizer in PREFERRED]
     beyond = min(larger, key=lambda row: (place[row], row.total), default=None)
     against = f"; {_name(beyond)} would take {_gb(beyond.total)}" if beyond else ""
     return f"Take {_name(best)}: {_gb(best.total)} of {_gb(gpu)}, and {reason}{against}."
