@@ -164,16 +164,20 @@ class LowMemOptimizer(Optimizer):
             self._set_transforms(buckets)
             self.begin_step(buckets)
             for bucket in buckets:
-                if bucket.in_pieces and not self.takes_pieces(bucket):
-                    update_on_owners(bucket, self.update)
-                else:
-                    self.update(bucket)
-                # autograd sees no writes to what a DTensor has here
-                torch.autograd.graph.increment_version(bucket.wholes)
+                self.update_everywhere(bucket)
         finally:
             for bucket in buckets:
                 bucket.grads = Gradients()  # buckets outlive the step, gradients need not
         return loss
+
+    def update_everywhere(self, bucket: Bucket) -> None:
+        """Update a bucket, also where its parameters are in pieces."""
+        if bucket.in_pieces and not self.takes_pieces(bucket):
+            update_on_owners(bucket, self.update)
+        else:
+            self.update(bucket)
+        # autograd sees no writes to what a DTensor has here
+        torch.autograd.graph.increment_version(bucket.wholes)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop gradients, as torch.optim.Optimizer does; after `fuse_backward` those of micro-batches, too."""

@@ -13,10 +13,20 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .base import LowMemOptimizer
-from .fused_checks import SCALER, check_alone, check_clip, check_loss_scale, check_model, names_of, unwrapped
+from .fused_checks import (
+    SCALER,
+    check_alone,
+    check_clip,
+    check_loss_scale,
+    check_model,
+    check_pieces,
+    names_of,
+    unwrapped,
+)
 from .fused_clipping import Clipping
 from .fused_groups import GradientGroups, free_gradients
 from .fused_replicas import Replicas, Unsynchronized, find_wrapper
+from .sharding import any_sharded, is_sharded
 
 
 def fuse_backward(
@@ -37,7 +47,8 @@ def fuse_backward(
     ``zero_grad()`` has nothing to do; schedulers may be stepped as before. `FusedBackward.remove` ends it.
 
     Args:
-        model: whose backward passes these are; a DistributedDataParallel for one that has been wrapped.
+        model: whose backward passes these are; a DistributedDataParallel for one that has been wrapped, or one that
+            ``fully_shard`` has sharded, whose gradients are used as shards, when they have been averaged.
         optimizer: of this package, or as a trainer has wrapped it; all its parameters are the model's.
         clip_grad_norm: bound on the norm of all gradients together, > 0; None: that of each group, if it has one.
             ``handle.backward(loss, exact=True)`` knows the norm. Otherwise the larger of its running mean over earlier
@@ -52,8 +63,9 @@ def fuse_backward(
             None: that of a DistributedDataParallel.
 
     Raises:
-        TypeError: an optimizer of others, one with a GradScaler, sharded parameters.
-        ValueError: an optimizer that is fused already or has parameters of another model; bounds that are not allowed.
+        TypeError: an optimizer of others, one with a GradScaler, a FullyShardedDataParallel.
+        ValueError: an optimizer that is fused already or has parameters of another model; bounds that are not allowed,
+            of which DTensors have none but clip_grad_value.
 
     Source: Lv et al., arXiv 2306.09782, which does this for gradient descent; with `AdaLomo`, arXiv 2310.10195.
     """
@@ -61,6 +73,8 @@ def fuse_backward(
     check_model(model, own)
     check_clip(clip_grad_norm, clip_grad_value, clip_param_norm, own.param_groups)
     check_loss_scale(loss_scale)
+    bounds = {"clip_grad_norm": clip_grad_norm, "clip_param_norm": clip_param_norm, "loss_scale": loss_scale}
+    check_pieces(own, bounds)
     clipping = Clipping(own, clip_grad_norm, clip_grad_value, clip_param_norm, loss_scale)
     groups = GradientGroups(own, alone=clip_param_norm is not None)
     return FusedBackward(model, own, groups, clipping, accumulating, process_group)
@@ -92,7 +106,11 @@ class FusedBackward:
         if wrapper is not None and process_group is None:
             process_group = wrapper.process_group
         self._unsynchronized = None if wrapper is None else Unsynchronized(wrapper)
-        device = next(optimizer.members()).param.device
+        params = [member.param for member in optimizer.members()]
+        # FSDP2 has averaged the gradients of DTensors before they arrive
+        self._in_pieces = any_sharded(params)
+        self._averages = all(map(is_sharded, params))
+        device = params[0].device
         self._replicas = None if process_group is None else Replicas(process_group, device)
         self._micro_batches: dict[Tensor, None] = {}
         self._end_pass()
@@ -132,6 +150,8 @@ class FusedBackward:
             exact: clip by the norm itself, and skip the whole step where a gradient is not finite.
             retain_graph: as in torch.Tensor.backward.
         """
+        if exact and self._in_pieces:
+            raise ValueError("exact is True and parameters are DTensors; allowed: False, or optimizer.step()")
         scale = self._clipping.scale()
         scaled = loss if scale is None else loss * scale.to(loss.device, non_blocking=True)
         self._called = True
@@ -272,10 +292,10 @@ class FusedBackward:
                 "skip_nonfinite is 'step', but parameters are updated before later gradients are known; allowed: "
                 "handle.backward(loss, exact=True), or skip_nonfinite='tensor'"
             )
-        if self._replicas is None:
-            check_alone()
-        else:
+        if self._replicas is not None:
             self._replicas.check()
+        elif not self._averages:
+            check_alone()
         self._clipping.begin(self._measuring)
         self._underway = True
 
@@ -333,7 +353,7 @@ class FusedBackward:
             self._optimizer.begin_step([bucket for bucket in buckets if id(bucket.group) not in self._begun])
             self._begun.update([id(bucket.group) for bucket in buckets])
             for bucket in buckets:
-                self._optimizer.update(bucket)
+                self._optimizer.update_everywhere(bucket)
         free_gradients([] if self._keeps else params, buckets)
 
     @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch.distributed as dist
@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from .base import LowMemOptimizer
 from .checks import check_number
+from .sharding import any_sharded
 
 SCALER = (
     "a GradScaler unscales gradients in optimizer.step(), which comes after the update here; allowed: "
@@ -36,11 +37,11 @@ def check_model(model: nn.Module, optimizer: LowMemOptimizer) -> None:
     if optimizer.fused is not None:
         raise ValueError("optimizer is fused already; allowed: one handle at a time, handle.remove() ends it")
     for name, module in model.named_modules():
-        if _is_sharded(module):
+        # by name: importing FSDP costs a second, and only who has imported it can have such modules
+        if any(cls.__name__ == "FullyShardedDataParallel" for cls in type(module).__mro__):
             raise TypeError(
-                f"{name or 'model'} is sharded by FSDP, which reduces gradients after the time at which fuse_backward "
-                "would use them; allowed: optimizer.step(), which AdamW and Lomo do for shards, or whole parameters, "
-                "also in DistributedDataParallel"
+                f"{name or 'model'} is a FullyShardedDataParallel, which flattens parameters; allowed: fully_shard, "
+                "DistributedDataParallel, or no wrapper"
             )
     params = set(model.parameters())
     missing = [member.identity for member in optimizer.members() if member.param not in params]
@@ -66,6 +67,22 @@ def check_clip(clip_grad_norm: Any, clip_grad_value: Any, clip_param_norm: Any, 
         raise ValueError(f"clip_param_norm is {clip_param_norm!r} and there is a clip_grad_norm; allowed: one of them")
 
 
+def check_pieces(optimizer: LowMemOptimizer, bounds: Mapping[str, Any]) -> None:
+    """Raise ValueError for options that need a number of all gradients, where those are in pieces in several processes.
+
+    ``bounds`` are the options of `fuse_backward`, by name.
+    """
+    if not any_sharded(member.param for member in optimizer.members()):
+        return
+    of_groups = [("clip_grad_norm", group.get("clip_grad_norm")) for group in optimizer.param_groups]
+    for name, bound in [*bounds.items(), *of_groups]:
+        if bound is not None:
+            raise ValueError(
+                f"{name} is {bound!r} and parameters are DTensors; allowed: None, or optimizer.step(), which clips by "
+                "the norm of all processes"
+            )
+
+
 def check_loss_scale(loss_scale: Any) -> None:
     """Raise TypeError for a GradScaler and ValueError for what is neither None, a number > 0, nor "dynamic"."""
     if isinstance(loss_scale, GradScaler):
@@ -89,10 +106,3 @@ def check_alone() -> None:
 def names_of(model: nn.Module) -> dict[Tensor, str]:
     """Return {parameter: its first name}."""
     return {param: name for name, param in reversed([*model.named_parameters()])}
-
-
-def _is_sharded(module: nn.Module) -> bool:
-    # by name: importing FSDP costs a second, and only who has imported it can have such modules
-    names = {cls.__name__ for cls in type(module).__mro__}
-    sharded = any(hasattr(param, "placements") for param in module.parameters(recurse=False))
-    return sharded or not names.isdisjoint({"FullyShardedDataParallel", "FSDPModule"})

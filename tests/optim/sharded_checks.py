@@ -1,6 +1,7 @@
 """What processes with shards do besides equal numbers: models that FSDP2 shards, copies, skipped steps, refusals."""
 
 import copy
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -16,6 +17,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from lowmem_kernels.numerics import parity_tolerance
 from lowmem_optim import AdamMini, AdamW, AdaPM, Lomo, fuse_backward
 from lowmem_optim.sharding import local_of
+from optim.cases import exported
 from optim.sharded import CHECKPOINTED, distributed, gradients, starts
 from optim.tensors import assert_same_bits, copies
 
@@ -229,11 +231,39 @@ def placements_that_are_refused(mesh):
         AdamW([partial])
 
 
-def fused_backward_is_refused(mesh):
+def fused_backward_has_the_bits_of_a_step(mesh):
+    """Every optimizer, with gradients gone after the pass; the first micro-batch only accumulates."""
+    for make in exported().values():
+        ends = []
+        for fused in (False, True):
+            model = net()
+            for layer in (model[0], model[3], model):
+                fully_shard(layer, mesh=mesh)
+            optimizer = make(model.named_parameters())
+            handle = fuse_backward(model, optimizer) if fused else None
+            for step in range(4):
+                x = torch.randn(4, 5, generator=torch.Generator().manual_seed(step)).bfloat16()
+                with handle.accumulate() if fused and step == 0 else nullcontext():
+                    model(x).float().square().mean().backward()
+                if step > 0:
+                    assert not fused or all(p.grad is None for p in model.parameters())
+                    optimizer.step()
+                    optimizer.zero_grad()
+            ends.append(locals_of(model.parameters()))
+            assert all(optimizer.state[p]["step"] == 3 for p in model.parameters())
+        assert_same_bits(*ends)
+
+
+def fused_backward_refuses_norms(mesh):
     model = net()
     fully_shard(model, mesh=mesh)
-    with pytest.raises(TypeError, match=r"model is sharded by FSDP.*; allowed: optimizer.step\(\)"):
-        fuse_backward(model, AdamW(model.named_parameters()))
+    optimizer = AdamW(model.named_parameters())
+    for name, value in (("clip_grad_norm", 1.0), ("clip_param_norm", 1.0), ("loss_scale", "dynamic")):
+        with pytest.raises(ValueError, match=f"{name} is {value!r} and parameters are DTensors; allowed: None, or"):
+            fuse_backward(model, optimizer, **{name: value})
+    handle = fuse_backward(model, optimizer)
+    with pytest.raises(ValueError, match="exact is True and parameters are DTensors"):
+        handle.backward(model(torch.ones(1, 5).bfloat16()).sum(), exact=True)
 
 
 def autograd_sees_the_update(mesh):
@@ -261,5 +291,6 @@ def run(rank, size):
     whole_parameters_among_shards(mesh)
     a_gradient_in_no_process_skips_no_collective(mesh)
     placements_that_are_refused(mesh)
-    fused_backward_is_refused(mesh)
+    fused_backward_has_the_bits_of_a_step(mesh)
+    fused_backward_refuses_norms(mesh)
     autograd_sees_the_update(mesh)

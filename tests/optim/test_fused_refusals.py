@@ -74,7 +74,7 @@ def test_what_cannot_be_fused():
     with pytest.raises(ValueError, match=r"optimizer has 4 parameters that are none of the model's, 'second.weight'"):
         fuse_backward(model.first, optimizer)
     sharded = FullyShardedDataParallel(2, 2)
-    with pytest.raises(TypeError, match="model is sharded by FSDP"):
+    with pytest.raises(TypeError, match="model is a FullyShardedDataParallel"):
         fuse_backward(sharded, adalomo(sharded))
     handle = fuse_backward(model, optimizer)
     with pytest.raises(ValueError, match="optimizer is fused already"):

@@ -260,14 +260,14 @@ def test_ddp_has_buckets_and_fused_gradients_twice():
 def test_fsdp2_divides():
     model = module_of(model_shapes("llama-60m"))
     for name in ("AdamW", "SinkGD", "torch.AdamW"):
-        whole = planned(model, registry.find(name))["ordinary"]
+        whole = planned(model, registry.find(name))
         rows = planned(model, registry.find(name), ranks=8, sharding="fsdp2")
-        assert rows.keys() == {"ordinary"}
-        row = rows["ordinary"]
-        for part in ("parameters", "gradients", "state"):
-            assert getattr(row, part) == pytest.approx(getattr(whole, part) / 8, rel=0.001)
+        assert rows.keys() == whole.keys()
         root, layer = layer_bytes(model)
-        assert row.communication == root + 2 * layer + 2 * max(root, layer)
+        for mode, row in rows.items():
+            for part in ("parameters", "gradients", "state"):
+                assert getattr(row, part) == pytest.approx(getattr(whole[mode], part) / 8, rel=0.001)
+            assert row.communication == root + 2 * layer + 2 * max(root, layer)
     assert root == 2 * (2 * 32000 * 512 + 512)
     assert root + 8 * layer == sum(map(nbytes, model.parameters()))
 

@@ -72,9 +72,7 @@ def plan(model: Model, choices: Iterable[Choice], options: dict[str, Any], setti
     for choice in choices:
         optimizer = choice.construct(model.module, options)
         for mode in ("ordinary", "fused") if isinstance(optimizer, LowMemOptimizer) else ("ordinary",):
-            # fuse_backward refuses sharded models, so there is nothing to add up
-            if mode == "ordinary" or setting.sharding != "fsdp2":
-                rows.append(_row(model, choice, optimizer, mode, setting))
+            rows.append(_row(model, choice, optimizer, mode, setting))
     return sorted(rows, key=lambda row: row.total)
 
 
@@ -94,7 +92,7 @@ def _row(model: Model, choice: Choice, optimizer: torch.optim.Optimizer, mode: s
         choice.name + ("(fused)" if not choice.can_fuse and "fused" in choice.arguments else ""),
         mode,
         sum(_shard(param, shared) for param in everything),
-        sum(_shard(param, shared) for param in params) if shared > 1 else step.gradients,
+        sum(_shard(param, shared) for param in params) if mode == "ordinary" else -(-step.gradients // shared),
         -(-state_bytes(optimizer) // shared),
         step.temporaries and -(-step.temporaries // shared),
         None if model.sizes is None else activation_bytes(model.sizes, setting),

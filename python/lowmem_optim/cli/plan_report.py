@@ -99,8 +99,6 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
             "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
             "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
-    if setting.sharding == "fsdp2":
-        found.append("fuse_backward takes no sharded parameters.")
     return found
 
 
