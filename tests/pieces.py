@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from lowmem_kernels.shards import Spread, Sum
-from lowmem_optim.sharding import Cut, cut_out, shard_of
+from lowmem_optim.cuts import Cut, cut_out, shard_of
 
 
 class Meetings:

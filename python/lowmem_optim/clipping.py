@@ -14,7 +14,7 @@ from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import grad_stats
 
 from .buckets import Bucket
-from .sharding import any_sharded, is_first_copy, is_sharded, local_of, process_groups
+from .sharding import any_sharded, is_first_copy, is_sharded, local_of, process_group
 
 
 def stats_of_all(
@@ -51,10 +51,10 @@ def _stats_of_processes(
     needed = any(map(_needs_stats, groups))
     device = local_of(params[0]).device
     meshes = dict.fromkeys(param.device_mesh for param in params if is_sharded(param))
-    parts: dict[tuple[Any, ...], list[Tensor]] = {(): []}
+    parts: dict[Any, list[Tensor]] = {None: []}
     # the smallest first: what one has found goes along to the next
     for mesh in sorted(meshes, key=lambda mesh: mesh.size()):
-        parts.setdefault(process_groups(mesh), [])
+        parts.setdefault(process_group(mesh), [])
     for bucket in buckets if needed else ():
         squares, count = grad_stats(bucket.grads, backend=bucket.group["backend"]).to(device, non_blocking=True)
         whole: Any = bucket.wholes[0] if bucket.wholes else None
@@ -64,7 +64,7 @@ def _stats_of_processes(
             if whole is None or is_first_copy(whole)
             else [nothing, nothing, count, nothing]
         )
-        parts[() if whole is None else process_groups(whole.device_mesh)].append(vector)
+        parts[None if whole is None else process_group(whole.device_mesh)].append(vector)
     sums = torch.zeros(2, device=device)
     flags = torch.zeros(2, device=device)
     if found_inf is not None:
@@ -73,8 +73,8 @@ def _stats_of_processes(
         vector = torch.cat([torch.zeros_like(sums), flags])
         for part in vectors:
             vector += part
-        for group in over:
-            dist.all_reduce(vector, group=group)
+        if over is not None:
+            dist.all_reduce(vector, group=over)
         sums, flags = sums + vector[:2], vector[2:].clamp(max=1)
     sums[1] = torch.maximum(sums[1], flags[0])
     return sums if needed else None, None if found_inf is None else flags[1]

@@ -15,7 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .buckets import Bucket
-from .sharding import boxes_of, cut_dims, cuts_at, local_of, placements_of, process_group
+from .cuts import boxes_of
+from .sharding import cut_dims, cuts_at, local_of, placements_of, process_group
 
 #: Where tensors start in a buffer, in bytes, so that they can be read as numbers of any dtype.
 ALIGNMENT = 16

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .sharding import cut_out, cuts_at, dtensor_of, local_shape, moved_placements
+from .cuts import cut_out, local_shape
+from .sharding import cuts_at, dtensor_of, moved_placements
 
 #: With which dimension of its parameter each dimension of a state goes; None: with none, and all processes have all.
 Dims = Sequence[int | None]

@@ -8,7 +8,7 @@ from torch.distributed.tensor import Replicate, Shard
 from torch.distributed.tensor._utils import _compute_local_shape_and_global_offset
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from lowmem_optim.sharding import Cut, cut_out, local_shape, ranges_of, shard_of
+from lowmem_optim.cuts import Cut, cut_out, local_shape, ranges_of, shard_of
 
 SHAPES = [(7, 5), (1, 6), (5, 1), (12, 3), (3, 4, 5), (2, 7, 3), (6,), (1,), (0, 4), ()]
 LAYOUTS = [
