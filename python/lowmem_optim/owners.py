@@ -1,8 +1,8 @@
 """Rules that need whole matrices, of parameters in pieces: each is put together in one process and updated there.
 
 The pieces of a parameter, of its gradient and of its state go to its owner in an all-to-all, the owner does what a
-single process would do, to the bit, and what it has written goes back in another: two collectives for all parameters of
-a bucket. Owners are chosen so that all have about as many elements, which is about what each has in pieces anyway.
+single process would do, to the bit, and what it has written goes back in another. That goes in rounds, each of as many
+parameters of a bucket as ROUND_BYTES allows, which are shared out so that all owners have about as many elements.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ from .sharding import cut_dims, cuts_at, local_of, placements_of, process_group
 
 #: Where tensors start in a buffer, in bytes, so that they can be read as numbers of any dtype.
 ALIGNMENT = 16
+
+#: Bytes of a round for each process, unless one parameter has more. There are three times as many at its height: what
+#: is sent, what comes, and what is put together from it.
+ROUND_BYTES = 256 << 20
 
 #: The number of a parameter in a bucket, and "param", "grad" or a key of its state.
 Name = tuple[int, str]
@@ -43,8 +47,13 @@ def update_on_owners(bucket: Bucket, update: Callable[[Bucket], None]) -> None:
 
     Every process of the parameters' mesh calls this with its pieces of the same parameters.
     """
-    plan: _Plan = bucket.kept("owners", lambda _: _Plan(bucket))
-    local = {(k, key): tensor for k, i in enumerate(plan.entries) for key, tensor in _tensors(bucket, i)}
+    rounds: list[_Round] = bucket.kept("owners", lambda _: _rounds(bucket))
+    for each in rounds:
+        _update(bucket, each, update)
+
+
+def _update(bucket: Bucket, plan: _Round, update: Callable[[Bucket], None]) -> None:
+    local = {(k, key): tensor for k, i in plan.entries.items() for key, tensor in _tensors(bucket, i)}
     whole = {
         name: torch.empty(shape, dtype=local[name].dtype, device=bucket.device) for name, shape in plan.shapes.items()
     }
@@ -57,7 +66,7 @@ def update_on_owners(bucket: Bucket, update: Callable[[Bucket], None]) -> None:
     plan.exchange(written, from_owner, bucket.device)
 
 
-def _of_wholes(bucket: Bucket, plan: _Plan, whole: dict[Name, Tensor]) -> Bucket:
+def _of_wholes(bucket: Bucket, plan: _Round, whole: dict[Name, Tensor]) -> Bucket:
     """A bucket of what this process owns, for one update."""
     states: dict[int, dict[str, Any]] = {}
     for (k, key), tensor in whole.items():
@@ -75,43 +84,64 @@ def _of_wholes(bucket: Bucket, plan: _Plan, whole: dict[Name, Tensor]) -> Bucket
     return made
 
 
-class _Plan:
-    """Who owns which parameter of a bucket, and which boxes that takes: the same plan in all processes of a group.
+def _rounds(bucket: Bucket) -> list[_Round]:
+    """Cut a bucket's parameters into rounds, in their order. A parameter has an entry for each of its parts."""
+    known: dict[int, int] = {}
+    numbers = [known.setdefault(id(param), len(known)) for param in bucket.wholes]
+    entries = [numbers.index(k) for k in range(len(known))]
+    mesh, dims = _mesh_of(bucket)
+    limit = ROUND_BYTES * dist.get_world_size(process_group(mesh, dims))
+    sizes = [sum(t.shape.numel() * t.element_size() for t in _wholes(bucket, i).values()) for i in entries]
+    rounds: list[dict[int, int]] = [{}]
+    room = limit
+    for k, (i, size) in enumerate(zip(entries, sizes, strict=True)):
+        if size > room and rounds[-1]:
+            rounds.append({})
+            room = limit
+        rounds[-1][k] = i
+        room -= size
+    return [_Round(bucket, numbers, each) for each in rounds]
+
+
+class _Round:
+    """Who owns which of some parameters of a bucket, and which boxes that takes: the same in all processes of a group.
 
     Attributes:
-        numbers: of each entry of the bucket, that of its parameter, which has one for each of its parts.
-        entries: the first entry of each parameter.
-        owners: of each parameter, as a place in the group.
+        numbers: of each entry of the bucket, that of its parameter.
+        entries: the first entry of each parameter of this round.
+        owners: of these, as places in the group.
         shapes: of the tensors that this process puts together.
         mine, owned: the boxes that this process has, and all boxes of what it owns, in an order that is everybody's.
     """
 
-    def __init__(self, bucket: Bucket) -> None:
-        first: Any = bucket.wholes[0]
-        mesh, dims = first.device_mesh, cut_dims(first)
-        self._group = process_group(mesh, dims)
+    def __init__(self, bucket: Bucket, numbers: list[int], entries: dict[int, int]) -> None:
+        self.numbers, self.entries = numbers, entries
+        self._mesh, self._dims = _mesh_of(bucket)
+        self._group = process_group(self._mesh, self._dims)
         ranks = dist.get_process_group_ranks(self._group)
         me = ranks.index(dist.get_rank())
-        places = [_place(mesh, rank) for rank in ranks]
-        known: dict[int, int] = {}
-        self.numbers = [known.setdefault(id(param), len(known)) for param in bucket.wholes]
-        self.entries = [self.numbers.index(k) for k in range(len(known))]
-        self.owners = _shared_out([bucket.wholes[i].numel() for i in self.entries], len(ranks))
+        self._places = [_place(self._mesh, rank) for rank in ranks]
+        owners = _shared_out([bucket.wholes[i].numel() for i in entries.values()], len(ranks))
+        self.owners = dict(zip(entries, owners, strict=True))
         self.shapes: dict[Name, torch.Size] = {}
         self.mine: list[_Piece] = []
         self.owned: list[_Piece] = []
-        for k, i in enumerate(self.entries):
+        for k, i in entries.items():
             owner = self.owners[k]
-            for key, shape, placements in _placed(bucket, i):
+            for key, tensor in _wholes(bucket, i).items():
+                self.mine += self._pieces((k, key), tensor, me, owner)
                 if owner == me:
-                    self.shapes[k, key] = shape
-                cuts = [cuts_at(mesh, placements, place) for place in places]
-                for member, here in enumerate(cuts):
-                    # of several that have the same, the owner or the first
-                    provides = member == (owner if cuts[owner] == here else cuts.index(here))
-                    pieces = [_Piece((k, key), member, *box, provides) for box in boxes_of(shape, here)]
-                    self.mine += pieces if member == me else []
-                    self.owned += pieces if owner == me else []
+                    self.shapes[k, key] = tensor.shape
+                    for member in range(len(ranks)):
+                        self.owned += self._pieces((k, key), tensor, member, owner)
+
+    def _pieces(self, name: Name, tensor: Tensor, member: int, owner: int) -> list[_Piece]:
+        placements = placements_of(tensor)
+        here, there = (cuts_at(self._mesh, placements, self._places[i]) for i in (member, owner))
+        copied = [i for i in self._dims if not placements or placements[i].is_replicate()]
+        # of several that have the same, the owner or the first
+        provides = member == owner if here == there else not any(self._places[member][i] for i in copied)
+        return [_Piece(name, member, *box, provides) for box in boxes_of(tensor.shape, here)]
 
     def exchange(self, send: list[tuple[int, Tensor]], receive: list[tuple[int, Tensor]], device: torch.device) -> None:
         """Send tensors to members of the group, and overwrite others with what comes from them, in the same order."""
@@ -145,21 +175,22 @@ def _copy(tensors: list[Tensor], into: list[Tensor]) -> None:
         torch._foreach_copy_(into, tensors)
 
 
+def _mesh_of(bucket: Bucket) -> tuple[Any, tuple[int, ...]]:
+    """The mesh of a bucket's parameters, and the dimensions of it along which they are in pieces."""
+    first: Any = bucket.wholes[0]
+    return first.device_mesh, cut_dims(first)
+
+
+def _wholes(bucket: Bucket, i: int) -> dict[str, Tensor]:
+    """Parameter and state of an entry of a bucket as they are, and for the gradient the parameter."""
+    states = {key: value for key, value in bucket.states[i].items() if isinstance(value, Tensor)}
+    return {"param": bucket.wholes[i], "grad": bucket.wholes[i], **states}
+
+
 def _tensors(bucket: Bucket, i: int) -> Iterator[tuple[str, Tensor]]:
-    """What this process has of an entry of a bucket."""
-    yield "param", bucket.params[i]
-    yield "grad", bucket.grads[i]
-    yield from ((key, local_of(value)) for key, value in bucket.states[i].items() if isinstance(value, Tensor))
-
-
-def _placed(bucket: Bucket, i: int) -> Iterator[tuple[str, torch.Size, Sequence[Any]]]:
-    """The same tensors' whole shapes and placements; those of numbers are none."""
-    param: Any = bucket.wholes[i]
-    yield "param", param.shape, param.placements
-    yield "grad", param.shape, param.placements
-    for key, value in bucket.states[i].items():
-        if isinstance(value, Tensor):
-            yield key, value.shape, placements_of(value)
+    """What this process has of them."""
+    for key, tensor in _wholes(bucket, i).items():
+        yield key, bucket.grads[i] if key == "grad" else local_of(tensor)
 
 
 def _place(mesh: Any, rank: int) -> list[int]:

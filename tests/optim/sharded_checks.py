@@ -15,7 +15,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from lowmem_kernels.numerics import parity_tolerance
-from lowmem_optim import AdamMini, AdamW, AdaPM, Lomo, fuse_backward
+from lowmem_optim import SWAN, AdamMini, AdamW, AdaPM, Lomo, fuse_backward, owners
 from lowmem_optim.sharding import local_of
 from optim.cases import exported
 from optim.sharded import CHECKPOINTED, distributed, gradients, starts
@@ -130,6 +130,21 @@ def copies_and_loaded_states_carry_on(mesh, config):
     if any(isinstance(v, DTensor) for v in optimizer.state[params[0]].values()):
         with pytest.raises(ValueError, match=r"exp_avg\w* of parameter 0 is a DTensor on .*; allowed: whole tensors"):
             whole.load_state_dict(optimizer.state_dict())
+
+
+def rounds_make_no_difference(mesh):
+    """Each of four matrices in a round of its own, of two collectives, in two steps."""
+    ends, counts = [], []
+    for size in (owners.ROUND_BYTES, 1):
+        params, optimizer = sharded_optimizer(mesh, make=SWAN, seed=4)
+        with mock.patch.object(owners, "ROUND_BYTES", size), CommDebugMode() as collectives:
+            for step in range(2):
+                give(params, step, mesh)
+                optimizer.step()
+        ends.append(locals_of(params))
+        counts.append(collectives.get_total_counts())
+    assert_same_bits(*ends)
+    assert counts == [4, 16]
 
 
 def all_skip_together(rank, mesh, size):
@@ -286,6 +301,7 @@ def run(rank, size):
         copies_and_loaded_states_carry_on(mesh, config)
         if config.optimizer not in (AdamW, Lomo, AdamMini, AdaPM):
             a_bad_gradient_stops_its_parameter_in_all_processes(rank, mesh, size, config)
+    rounds_make_no_difference(mesh)
     all_skip_together(rank, mesh, size)
     a_grad_scaler_skips_in_all_processes(rank, mesh)
     whole_parameters_among_shards(mesh)
