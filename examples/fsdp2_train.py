@@ -1,7 +1,7 @@
-"""Train a model that FSDP2 shards: torchrun --standalone --nproc-per-node 2 examples/fsdp2_train.py runs/fsdp2
+"""Train a language model that FSDP2 shards: torchrun --standalone --nproc-per-node 2 examples/fsdp2_train.py Adafactor
 
-On NVIDIA GPUs with NCCL, elsewhere on CPUs with gloo. It saves a checkpoint in the folder, if there is one, and starts
-from the last that is there, which any other number of processes may have left.
+On NVIDIA GPUs with NCCL, elsewhere on CPUs with gloo, by any optimizer of the package. Given a folder after its name,
+it saves a checkpoint there, and starts from the last that is there, which any other number of processes may have left.
 """
 
 import os
@@ -17,17 +17,29 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from lowmem_optim import AdamW
+import lowmem_optim
+from lowmem_optim.cli.data import load_text
+from lowmem_optim.cli.model import ByteModel, ModelConfig
+
+CONTEXT, SEQUENCES = 64, 8
+#: of those whose learning rate is no Adam's
+OPTIONS: dict[str, dict[str, Any]] = {
+    "Adafactor": {"lr": 2e-3, "relative_step": False, "scale_parameter": False},
+    "AdaLomo": {"lr": 0.05},
+    "Lomo": {"lr": 0.5},
+    "SinkGD": {"lr": 0.04},
+    "SWAN": {"lr": 0.08},
+}
 
 
-def batch(step: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numbers, and which of 8 sectors they point to: others in each process."""
+def batch(text: torch.Tensor, step: int) -> torch.Tensor:
+    """Some bytes of the text and the one after them: others in each process."""
     generator = torch.Generator().manual_seed(step * dist.get_world_size() + dist.get_rank())
-    x = torch.randn(256, 2, generator=generator)
-    return x.to(device), (torch.atan2(x[:, 0], x[:, 1]) / torch.pi * 4).floor().long().to(device) % 8
+    starts = torch.randint(len(text) - CONTEXT, (SEQUENCES,), generator=generator)
+    return text.unfold(0, CONTEXT + 1, 1)[starts].long()
 
 
-def main(folder: str | None = None, steps: int = 100) -> None:
+def main(name: str = "AdamW", folder: str | None = None, steps: int = 50) -> None:
     """Train, and print the loss of the first process."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"
     dist.init_process_group("nccl" if kind == "cuda" else "gloo")
@@ -35,18 +47,17 @@ def main(folder: str | None = None, steps: int = 100) -> None:
     if kind == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(device)
+    model = ByteModel(ModelConfig.from_width(layers=2, dim=64, context=CONTEXT)).to(device)
+    text = load_text(None, CONTEXT, max_bytes=1 << 20).training
     mesh = init_device_mesh(kind, (dist.get_world_size(),))
-    for layer in model:
-        if isinstance(layer, nn.Linear):
-            fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
+    for layer in (*model.blocks, model):
+        fully_shard(layer, mesh=mesh)
     # after sharding: these are the parameters that there are from now on
-    optimizer = AdamW(model.named_parameters(), lr=3e-3, skip_nonfinite="step")
+    optimizer = getattr(lowmem_optim, name)(lowmem_optim.split_params(model), **OPTIONS.get(name, {"lr": 3e-3}))
     start = 0 if folder is None else load_last(Path(folder), model, optimizer)
     for step in range(start, start + steps):
-        x, y = batch(step, device)
-        loss = nn.functional.cross_entropy(model(x), y)
+        sequences = batch(text, step).to(device)
+        loss = model.loss(sequences[:, :-1], sequences[:, 1:])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

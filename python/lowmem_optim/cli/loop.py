@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn.utils import clip_grad_norm_
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -15,7 +16,8 @@ from lowmem_kernels.testing.allocations import LiveGradients
 from lowmem_optim import fuse_backward
 from lowmem_optim.cli.data import Batch, Text, training_batches, validation_batches
 from lowmem_optim.cli.measure import PeakMemory, now, state_bytes
-from lowmem_optim.cli.model import ByteModel, ModelConfig
+from lowmem_optim.cli.model import ByteModel, ModelConfig, loss_of
+from lowmem_optim.cli.processes import ALONE, Processes
 from lowmem_optim.cli.registry import Choice
 
 FINAL_LR = 0.1  # the cosine ends at this fraction of the learning rate
@@ -27,7 +29,7 @@ class TrainConfig:
     """What every compared optimizer has in common; `clip_grad_norm` 0 means no clipping.
 
     `options` go to those optimizers that take them; `lr` None means each optimizer's own default. With `fused_backward`
-    those of this package update inside the backward pass.
+    those of this package update inside the backward pass. `batch_size` is that of all `processes` together.
     """
 
     model: ModelConfig
@@ -43,6 +45,7 @@ class TrainConfig:
     eval_batches: int
     options: dict[str, Any]
     fused_backward: bool = False
+    processes: Processes = ALONE
 
     @property
     def tokens_per_step(self) -> int:
@@ -116,11 +119,12 @@ def rehearse(choices: list[Choice], config: TrainConfig, text: Text) -> None:
     batch = next(_batches(config, text))
     for choice in choices:
         model = build_model(config)
+        shared = config.processes.share_out(model, torch.device(config.device))
         optimizer = build_optimizer(choice, model, config)
         try:
             if config.fused_backward and choice.can_fuse:
-                fuse(model, optimizer, config)
-            model.loss(batch.tokens, batch.targets).backward()
+                fuse(shared, optimizer, config)
+            loss_of(shared, batch.tokens, batch.targets).backward()
             optimizer.step()
         except RuntimeError as error:  # a backend that cannot run here
             raise ValueError(f"{choice.name}: {error}") from error
@@ -156,7 +160,7 @@ def build_optimizer(choice: Choice, model: ByteModel, config: TrainConfig) -> Op
     return choice.build(model, learning_rate(choice, config), options)
 
 
-def fuse(model: ByteModel, optimizer: Optimizer, config: TrainConfig) -> None:
+def fuse(model: nn.Module, optimizer: Optimizer, config: TrainConfig) -> None:
     """Make backward passes update the model."""
     fuse_backward(model, optimizer, clip_grad_norm=config.clip_grad_norm or None)
 
@@ -170,33 +174,35 @@ def schedule(step: int, warmup: int, steps: int) -> float:
 
 
 @torch.no_grad()
-def evaluate(model: ByteModel, batches: list[Batch]) -> float:
-    """Mean loss over the batches, in nats per byte."""
-    device = model.head.weight.device
-    losses = [model.loss(batch.tokens, batch.targets) for batch in (batch.to(device) for batch in batches)]
-    return torch.stack(losses).mean().item()
+def evaluate(model: nn.Module, batches: list[Batch], config: TrainConfig) -> float:
+    """Mean loss over the batches, of which each process takes its share, in nats per byte."""
+    shares = (config.processes.share_of(batch).to(torch.device(config.device)) for batch in batches)
+    losses = [loss_of(model, share.tokens, share.targets) for share in shares]
+    return config.processes.mean(torch.stack(losses).mean()).item()
 
 
 def _batches(config: TrainConfig, text: Text) -> Iterator[Batch]:
     device = torch.device(config.device)
     for batch in training_batches(text.training, config.batch_size, config.model.context, config.seed):
-        yield batch.to(device)
+        yield config.processes.share_of(batch).to(device)
 
 
 def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Callable[[Run], None]) -> None:
     device = torch.device(config.device)
     model = build_model(config)
+    # before the optimizer is made: a model that is sharded has other parameters
+    shared = config.processes.share_out(model, device)
     optimizer = build_optimizer(choice, model, config)
     scheduler = LambdaLR(optimizer, lambda step: schedule(step, config.warmup, config.steps))
     gradients = LiveGradients([*model.parameters()])
     if run.fused:
-        fuse(model, optimizer, config)
+        fuse(shared, optimizer, config)
     clip_here = 0.0 if run.fused or choice.takes("clip_grad_norm") else config.clip_grad_norm
     validation = validation_batches(text.validation, config.batch_size, config.model.context, config.eval_batches)
 
     for taken, batch in zip(range(1, config.steps + 1), _batches(config, text), strict=False):
         start = now(device)
-        loss = model.loss(batch.tokens, batch.targets)
+        loss = loss_of(shared, batch.tokens, batch.targets)
         loss.backward()
         before = now(device)
         if clip_here:
@@ -208,12 +214,12 @@ def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Call
         # one step tells, and looking at all parameters again and again takes time
         gradients.remove()
         run.gradient_bytes = gradients.peak
-        run.training_loss.append(_finite(loss.item()))
+        run.training_loss.append(_finite(config.processes.mean(loss.detach()).item()))
         run.step_ms.append((now(device) - start) * 1e3)
         run.optimizer_ms.append((after - before) * 1e3)
         run.state_bytes = state_bytes(optimizer)
         if taken % config.eval_every == 0 or taken == config.steps:
-            run.validation_loss.append((taken, _finite(evaluate(model, validation))))
+            run.validation_loss.append((taken, _finite(evaluate(shared, validation, config))))
         show(run)
 
 

@@ -139,5 +139,10 @@ class ByteModel(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy in nats per byte."""
-        # float32: a bfloat16 logarithm of a sum over 256 bytes would be coarser than the differences to be compared
-        return F.cross_entropy(self(tokens).float().flatten(0, 1), targets.flatten())
+        return loss_of(self, tokens, targets)
+
+
+def loss_of(model: nn.Module, tokens: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy of a model, which may be in a wrapper, in nats per byte."""
+    # float32: a bfloat16 logarithm of a sum over 256 bytes would be coarser than the differences to be compared
+    return F.cross_entropy(model(tokens).float().flatten(0, 1), targets.flatten())

@@ -1,5 +1,7 @@
 """`lowmem train`: trains a small language model with several optimizers and compares them."""
 
+import os
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -17,6 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_OPTIMIZER = "adamw"
 DEFAULT_COMPARISON = ("adalomo", "adafactor", "sinkgd")
 ALL_DIVERGED = 1
+PROCESS_FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -90,6 +93,13 @@ def train_command(
     eval_batches: Annotated[int, option(TRAINING, "Batches per validation.", min=1)] = 40,
     seed: Annotated[int, option(TRAINING, "Seed of the parameters and of the batches.", min=0)] = 0,
     device: Annotated[str, option(PLACE, "Where to train.", metavar="auto|cpu|cuda|cuda:N")] = "auto",
+    nproc: Annotated[
+        int, option(PLACE, "Processes that train together, each on a GPU of its own, or on the CPU.", min=1)
+    ] = 1,
+    sharding: Annotated[
+        Literal["fsdp2", "ddp"] | None,
+        option(PLACE, "What each of several processes has: shards of all, or a copy.", default="fsdp2"),
+    ] = None,
     out: Annotated[
         Path | None,
         option(PLACE, "Folder for the table, the plot and the record.", default="runs/TIME-OPTIMIZERS"),
@@ -104,6 +114,7 @@ def train_command(
     from lowmem_optim.cli import loop, registry
     from lowmem_optim.cli.data import load_text
     from lowmem_optim.cli.model import ModelConfig
+    from lowmem_optim.cli.processes import Processes, check_processes, run_in
 
     if compare is None and optimizer is None:
         compare = [*DEFAULT_COMPARISON]
@@ -130,6 +141,14 @@ def train_command(
         raise typer.BadParameter(f"{warmup} is more than --steps {steps}", param_hint="'--warmup'")
     with blaming("--device"):
         device = loop.find_device(device)
+    with blaming("--nproc"):
+        check_processes(nproc, batch_size, device)
+    if sharding is not None and nproc == 1:
+        raise typer.BadParameter(f"{sharding} with --nproc 1; allowed: several processes", param_hint="'--sharding'")
+    if nproc > 1 and sharding != "ddp" and fused_backward and clip_grad_norm:
+        raise typer.BadParameter(
+            f"{clip_grad_norm:g} with --fused-backward and fsdp2; allowed: 0", param_hint="'--clip-grad-norm'"
+        )
     with blaming("--data"):
         text = load_text(data, context)
     config = loop.TrainConfig(
@@ -153,12 +172,33 @@ def train_command(
         folder = make_folder(out or _default_folder(choices))
 
     console = Console()
-    runs = _train_all(choices, config, text, console)
+    if nproc == 1:
+        runs = _train_all(choices, config, text, console)
+    else:
+        config = replace(config, processes=Processes(nproc, sharding or "fsdp2"))
+        try:
+            runs = run_in(nproc, _train_with_others, choices, config, text)
+        except RuntimeError as error:
+            console.print(error, style="red", highlight=False, markup=False)
+            raise typer.Exit(PROCESS_FAILED) from error
     _report(runs, config, text, folder, console)
     if runs[-1].status == "interrupted":
         raise typer.Exit(INTERRUPTED)
     if all(run.status == "diverged" for run in runs):
         raise typer.Exit(ALL_DIVERGED)
+
+
+def _train_with_others(rank: int, choices: "list[Choice]", config: "TrainConfig", text: "Text") -> "list[Run]":
+    """What each of several processes does. Only the first is heard."""
+    from lowmem_optim.cli import loop
+    from lowmem_optim.cli.processes import device_of
+
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        console = Console() if rank == 0 else Console(file=nowhere)
+        own = replace(config, device=device_of(config.device, rank))
+        # what is paid once per process, as in `rehearse` before
+        loop.rehearse(choices, own, text)
+        return _train_all(choices, own, text, console)
 
 
 def _train_all(choices: "list[Choice]", config: "TrainConfig", text: "Text", console: Console) -> "list[Run]":
@@ -197,8 +237,10 @@ def _report(runs: "list[Run]", config: "TrainConfig", text: "Text", folder: Path
 
 
 def _summary(config: "TrainConfig", text: "Text") -> str:
+    count, sharding = config.processes.count, config.processes.sharding
+    where = config.device if count == 1 else f"{count} processes with {sharding}, {config.device}"
     return (
-        f"{config.model.parameters / 1e6:.2f} M parameters ({config.dtype}, {config.device}), "
+        f"{config.model.parameters / 1e6:.2f} M parameters ({config.dtype}, {where}), "
         f"{config.steps} steps of {config.tokens_per_step} bytes from {text.source}"
     )
 
