@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .numerics import PARAM_DTYPES, name_of
+from .shards import RowPieces
 from .tensors import Gradients, remembered
 
 SCALAR = torch.Size()
@@ -72,6 +73,23 @@ def check_gradients(params: Sequence[Tensor], grads: Sequence[Tensor]) -> None:
         return
     shapes = remembered([params], "shapes", lambda: [p.shape for p in params])
     check_list("grads", grads, shapes, params[0].device, PARAM_DTYPES, contiguous=False)
+
+
+def check_pieces(params: Sequence[Tensor], pieces: RowPieces | None) -> None:
+    """Raise ValueError unless every parameter can be some rows of matrices as ``pieces`` says."""
+    if pieces is None:
+        return
+    for name, entries in (("rows", pieces.rows), ("shards", pieces.shards)):
+        if len(entries) != len(params):
+            raise ValueError(
+                f"pieces.{name} has {len(entries)} entries; allowed: {len(params)}, one for each parameter"
+            )
+    for i, (param, rows) in enumerate(zip(params, pieces.rows, strict=True)):
+        if param.ndim < 2 or param.shape[-2] > rows:
+            shape = tuple(param.shape)
+            raise ValueError(
+                f"params[{i}] has shape {shape} and pieces.rows[{i}] is {rows}; allowed: some rows of those"
+            )
 
 
 def _places(tensors: Sequence[Tensor]) -> tuple[list[int], list[int]]:

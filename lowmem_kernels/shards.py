@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -53,23 +53,42 @@ class Shard:
 
 
 @dataclass(frozen=True)
-class Spread:
-    """How the parameters of a list are spread over processes, each of which calls the verb with the pieces it has.
+class RowPieces:
+    """Matrices of which each of several processes has some rows, and calls the verb with those.
 
-    All are cut alike: what is said of sums holds for each of them. Rows and columns are those of a verb's matrices: the
-    last two dimensions, or with ``conv`` the first and all others; a vector is one row. Every process calls every sum,
-    as often as the others and with as long a vector, whether its pieces have elements or not.
+    All processes call the verb with the same matrices in the same order, and call each sum, whether they have rows or
+    not. State that belongs to rows has the rows that are here; what belongs to columns, or to all of a matrix, is equal
+    in all processes before and after.
 
     Attributes:
-        shapes: of the whole parameters, each with the dimensions of its piece.
-        shards: which elements of the whole each piece has; None: all of them, some of the first in order, or none.
-        sum_rows: over the processes that have the other rows of the same columns; None where columns are whole.
-        sum_cols: over the processes that have the other columns of the same rows; None where rows are whole.
-        sum_pieces: over all processes that have other pieces of the same parameters, matrices of a stack included.
+        rows: of each whole parameter, its dimension before the last.
+        shards: which elements of the whole each parameter has; None: all of them, some of the first in order, or none.
+        all_reduce: the sum over the processes.
     """
 
-    shapes: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
     shards: tuple[Shard | None, ...]
-    sum_rows: Sum | None
-    sum_cols: Sum | None
-    sum_pieces: Sum
+    all_reduce: Sum
+
+
+def lockstep(updates: Iterable[Iterator[Tensor]], pieces: RowPieces | None) -> None:
+    """Run updates that yield float32 vectors where they need them summed over processes.
+
+    Without pieces one after the other, and the vectors are complete as they are. With them all together: those that
+    they yield next are summed as one, in place.
+    """
+    if pieces is None:
+        for update in updates:
+            for _ in update:
+                pass
+        return
+    running = list(updates)
+    while running:
+        waiting = [(update, vector) for update in running if (vector := next(update, None)) is not None]
+        running = [update for update, _ in waiting]
+        if waiting:
+            total = torch.cat([vector.flatten() for _, vector in waiting])
+            pieces.all_reduce(total)
+            parts = total.split([vector.numel() for _, vector in waiting])
+            for (_, vector), part in zip(waiting, parts, strict=True):
+                vector.copy_(part.view(vector.shape))

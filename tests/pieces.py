@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_kernels.shards import Spread, Sum
+from lowmem_kernels.shards import RowPieces, Sum
 from lowmem_optim.cuts import Cut, cut_out, shard_of
 
 
@@ -25,13 +25,13 @@ class Meetings:
         #: (ranks, elements) of each sum, once for all of its processes
         self.sums: list[tuple[tuple[int, ...], int]] = []
 
-    def sum_of(self, rank: int, ranks: tuple[int, ...], name: str) -> Sum:
-        """The sum over ``ranks`` as one of them calls it; those of another name do not meet it."""
+    def sum_of(self, rank: int, ranks: tuple[int, ...]) -> Sum:
+        """The sum over ``ranks`` as one of them calls it."""
 
         def add_up(vector: Tensor) -> None:
             assert vector.is_contiguous()
-            call = self._calls[rank, ranks, name] = self._calls.get((rank, ranks, name), 0) + 1
-            meeting = (ranks, name, call)
+            call = self._calls[rank, ranks] = self._calls.get((rank, ranks), 0) + 1
+            meeting = (ranks, call)
             here = self._arrived.setdefault(meeting, {})
             here[rank] = vector.clone()
             if len(here) == len(ranks):
@@ -82,54 +82,26 @@ def together(processes: int, work: Callable[[int, Meetings], Any]) -> tuple[list
 
 
 @dataclass(frozen=True)
-class Grid:
-    """Into how many parts stacks, rows and columns are cut, each part in another process.
+class Rows:
+    """Into how many parts the rows of matrices are cut, each part in another process.
 
     deal: the rows are first cut into so many pieces, of each of which a process has the same part.
     """
 
-    outer: int = 1
-    rows: int = 1
-    cols: int = 1
+    processes: int
     deal: int = 1
 
-    @property
-    def processes(self) -> int:
-        return self.outer * self.rows * self.cols
+    def cuts(self, rank: int, dim: int) -> list[Cut]:
+        return [Cut(dim, self.processes, rank, self.deal)]
 
-    def _places(self, rank: int) -> tuple[int, int, int]:
-        return rank // (self.rows * self.cols), rank // self.cols % self.rows, rank % self.cols
+    def piece(self, rank: int, whole: Tensor, dim: int = -2) -> Tensor:
+        """What a process has of a tensor that is cut along a dimension, in memory of its own."""
+        return cut_out(whole, self.cuts(rank, dim % whole.ndim)).clone()
 
-    def cuts(self, rank: int, ndim: int, conv: bool = False) -> list[Cut]:
-        """Of a tensor of so many dimensions; what it has not is not cut, and a vector is cut by columns."""
-        e, row, col = self._places(rank)
-        if ndim < 2:
-            return [Cut(0, self.cols, col)] if ndim else []
-        where = [(0 if conv else ndim - 2, self.rows, row, self.deal), (1 if conv else ndim - 1, self.cols, col, 1)]
-        if ndim > 2 and not conv:
-            where.insert(0, (0, self.outer, e, 1))
-        return [Cut(*one) for one in where if one[1] > 1]
-
-    def piece(self, rank: int, whole: Tensor, conv: bool = False) -> Tensor:
-        """What a process has of a tensor, in memory of its own."""
-        return cut_out(whole, self.cuts(rank, whole.ndim, conv)).clone()
-
-    def spread(self, rank: int, shapes: Sequence[tuple[int, ...]], meetings: Meetings, conv: bool = False) -> Spread:
+    def of(self, rank: int, shapes: Sequence[Sequence[int]], meetings: Meetings) -> RowPieces:
         """As a process hands it to a verb."""
-        mine, everyone = self._places(rank), range(self.processes)
-
-        def along(axis: int, name: str) -> Sum | None:
-            ranks = [
-                r
-                for r in everyone
-                if all(a == b for i, (a, b) in enumerate(zip(self._places(r), mine, strict=True)) if i != axis)
-            ]
-            return meetings.sum_of(rank, tuple(ranks), name) if len(ranks) > 1 else None
-
-        return Spread(
-            shapes=tuple(shapes),
-            shards=tuple([shard_of(shape, self.cuts(rank, len(shape), conv)) for shape in shapes]),
-            sum_rows=along(1, "rows"),
-            sum_cols=along(2, "cols"),
-            sum_pieces=meetings.sum_of(rank, tuple(everyone), "pieces"),
+        return RowPieces(
+            rows=tuple([shape[-2] for shape in shapes]),
+            shards=tuple([shard_of(shape, self.cuts(rank, len(shape) - 2)) for shape in shapes]),
+            all_reduce=meetings.sum_of(rank, tuple(range(self.processes))),
         )

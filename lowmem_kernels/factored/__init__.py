@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
+from ..shards import RowPieces
 from .checks import check_confidence, check_factored
 from .rule import FactoredRule
 
@@ -45,6 +46,7 @@ def factored_update_(
     rule: FactoredRule,
     exp_avgs: Sequence[Tensor] | None = None,
     param_sums: Sequence[Tensor] | None = None,
+    pieces: RowPieces | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -67,6 +69,9 @@ def factored_update_(
             only if ``rule.beta1`` is.
         param_sums: 0-d float32 tensors holding the sum of p² that the last call left, or NaN where p may have changed
             since; written where ``rule.scale_parameter``. With it p need not be read for RMS(p). None: it always is.
+        pieces: how rows are spread over processes, None where they are all here; for parameters of two or more
+            dimensions and a rule without ``eps_floor``. One sum of 2 m + 1 numbers for each matrix and 2 for each
+            parameter. ``param_sums`` are those of the rows that are here.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, m stream 1.
         backend: "auto", "triton" or "torch".
@@ -80,11 +85,11 @@ def factored_update_(
     Source: Shazeer and Stern, "Adafactor: Adaptive Learning Rates with Sublinear Memory Cost" (arXiv 1804.04235),
     algorithms 4 and 5; Lv et al., "AdaLomo: Low-memory Optimization with Adaptive Learning Rate" (arXiv 2310.10195).
     """
-    check_factored(params, grads, rows, cols, steps, exp_avgs, param_sums, rule)
+    check_factored(params, grads, rows, cols, steps, exp_avgs, param_sums, rule, pieces)
     implementation(__name__, backend, (*params[:1], *grads[:1])).factored_update_(
         params, grads, rows, cols, steps,
         lr=lr, weight_decay=weight_decay, rule=rule, exp_avgs=exp_avgs, param_sums=param_sums,
-        transform=transform, rounding=rounding,
+        pieces=pieces, transform=transform, rounding=rounding,
     )  # fmt: skip
 
 
@@ -103,6 +108,7 @@ def confidence_update_(
     eps: tuple[float, float],
     clip_threshold: float,
     weight_decay: float,
+    pieces: RowPieces | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -131,6 +137,7 @@ def confidence_update_(
         eps: (eps1, eps2), in units of the squared gradient and of the squared update.
         clip_threshold: d.
         weight_decay: decoupled, multiplied by lr.
+        pieces: as in `factored_update_`; a second sum has m + 1 numbers for each matrix.
         transform, rounding, backend: as in `factored_update_`.
 
     Traffic: see README.md beside this file.
@@ -140,9 +147,9 @@ def confidence_update_(
     Source: Luo et al., "CAME: Confidence-guided Adaptive Memory Efficient Optimization" (arXiv 2307.02047),
     algorithm 2.
     """
-    check_confidence(params, grads, exp_avgs, rows, cols, res_rows, res_cols, steps)
+    check_confidence(params, grads, exp_avgs, rows, cols, res_rows, res_cols, steps, pieces)
     implementation(__name__, backend, (*params[:1], *grads[:1])).confidence_update_(
         params, grads, exp_avgs, rows, cols, res_rows, res_cols, steps,
         lr=lr, betas=betas, eps=eps, clip_threshold=clip_threshold, weight_decay=weight_decay,
-        transform=transform, rounding=rounding,
+        pieces=pieces, transform=transform, rounding=rounding,
     )  # fmt: skip

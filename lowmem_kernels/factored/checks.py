@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import SCALAR, check_gradients, check_list, check_params, state_dtypes
+from ..checks import SCALAR, check_gradients, check_list, check_params, check_pieces, state_dtypes
+from ..shards import RowPieces
 from ..tensors import remembered
 from .rule import LR_SCHEDULES, FactoredRule
 
@@ -23,6 +24,7 @@ def check_factored(
     exp_avgs: Sequence[Tensor] | None,
     param_sums: Sequence[Tensor] | None,
     rule: FactoredRule,
+    pieces: RowPieces | None,
 ) -> None:
     """Raise ValueError or TypeError, naming the argument, the value and what is allowed, where these do not fit."""
     if rule.lr_schedule not in LR_SCHEDULES:
@@ -31,11 +33,14 @@ def check_factored(
     if (exp_avgs is None) != (rule.beta1 is None):
         given = "None" if exp_avgs is None else "given"
         raise ValueError(f"exp_avgs is {given} and rule.beta1 is {rule.beta1}; allowed: both or neither")
+    if pieces is not None and rule.eps_floor:
+        raise ValueError("rule.eps_floor is True and there are pieces; allowed: one of them")
     if not params:
         return
 
     def check_state() -> None:
         check_params(params, steps)
+        check_pieces(params, pieces)
         _check_factors(params, rows, cols)
         if exp_avgs is not None:
             check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
@@ -43,7 +48,7 @@ def check_factored(
             check_list("param_sums", param_sums, [SCALAR] * len(params), params[0].device, _FP32)
 
     check_gradients(params, grads)
-    remembered([params, rows, cols, steps, exp_avgs, param_sums], "check_factored", check_state)
+    remembered([params, rows, cols, steps, exp_avgs, param_sums], ("check_factored", pieces), check_state)
 
 
 def check_confidence(
@@ -55,6 +60,7 @@ def check_confidence(
     res_rows: Sequence[Tensor | None],
     res_cols: Sequence[Tensor | None],
     steps: Sequence[Tensor],
+    pieces: RowPieces | None,
 ) -> None:
     """Raise as `check_factored`."""
     if not params:
@@ -62,6 +68,7 @@ def check_confidence(
 
     def check_state() -> None:
         check_params(params, steps)
+        check_pieces(params, pieces)
         check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
         _check_factors(params, rows, cols)
         device = params[0].device
@@ -70,7 +77,7 @@ def check_confidence(
         check_list("res_cols", res_cols, [col_shape(p) for p in params], device, _FP32)
 
     check_gradients(params, grads)
-    remembered([params, exp_avgs, rows, cols, res_rows, res_cols, steps], "check_confidence", check_state)
+    remembered([params, exp_avgs, rows, cols, res_rows, res_cols, steps], ("check_confidence", pieces), check_state)
 
 
 def _check_factors(params: Sequence[Tensor], rows: Sequence[Tensor], cols: Sequence[Tensor | None]) -> None:

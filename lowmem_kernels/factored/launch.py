@@ -16,6 +16,7 @@ from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_a
 from ..device import device_facts
 from ..options import GradTransform, Rounding
 from ..schedules import Shape, geometries_of, launch_schedule
+from ..shards import RowPieces
 from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
 from ..tickets import Order, plan_order
@@ -63,6 +64,7 @@ def factored_update_(
     rule: FactoredRule,
     exp_avgs: Sequence[Tensor] | None = None,
     param_sums: Sequence[Tensor] | None = None,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -100,6 +102,7 @@ def confidence_update_(
     eps: tuple[float, float],
     clip_threshold: float,
     weight_decay: float,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:

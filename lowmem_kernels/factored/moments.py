@@ -8,7 +8,7 @@ state before the caller says `commit`, so a gradient that turns out to be NaN le
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -33,8 +33,14 @@ Part = Sequence[Tensor]
 class Moment(Protocol):
     """What `FactoredMoment` and `FullMoment` have in common."""
 
-    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
-        """Read the gradient; return the sum of the squares of the update. NaN or Inf if any sum is."""
+    def look(
+        self, grad: Tensor, transform: GradTransform, scratch: Scratch, param_squares: float
+    ) -> Generator[Tensor, None, tuple[float, float]]:
+        """Read the gradient; return the sum of the squares of the update, NaN or Inf if any sum is, and of p.
+
+        Where rows are in several processes, yields a vector that is to be summed over them; then ``param_squares`` are
+        those here, and what is returned is of the whole.
+        """
         ...
 
     def blocks(self, *tensors: Tensor) -> Iterator[tuple[int, Part, Sequence[Tensor]]]:
@@ -67,9 +73,15 @@ class FactoredMoment:
     Of E matrices, what belongs to rows is [E, n, 1] here and what belongs to columns [E, 1, m].
     """
 
-    def __init__(self, param: Tensor, row: Tensor, col: Tensor, weight: float, eps: float, floor: bool) -> None:
+    def __init__(
+        self, param: Tensor, row: Tensor, col: Tensor, weight: float, eps: float, floor: bool, rows: int | None
+    ) -> None:
         self.n, self.m = param.shape[-2:]
-        self.row, self.col = row.view(-1, self.n, 1), col.view(-1, 1, self.m)
+        #: rows of the whole, where these are not all
+        self.rows = rows
+        matrices = math.prod(param.shape[:-2])
+        self.row, self.col = row.view(matrices, self.n, 1), col.view(matrices, 1, self.m)
+        self.row_scale, self.col_scale = self.row, self.col  # until `look` makes them
         self.weight = weight
         self.added, self.floor = (0.0, eps) if floor else (eps, 0.0)
         self.bound: float | None = None
@@ -78,13 +90,17 @@ class FactoredMoment:
         for start, views, rows, cols in _blocks(self.n, self.m, tensors, [self.row_scale], [self.col_scale]):
             yield start, (*rows, *cols), views
 
-    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
+    def look(
+        self, grad: Tensor, transform: GradTransform, scratch: Scratch, param_squares: float
+    ) -> Generator[Tensor, None, tuple[float, float]]:
         # in every block, as few calls as there can be: at 4096 columns they cost as much as the arithmetic
         self.new_row = self.row.clone()
         means = torch.empty_like(self.row)
         left = self.row.new_ones(len(self.row), self.n, 2)
         sums = self.col.new_zeros(len(self.col), 2, self.m)
-        unit, smallest, added, share = (self.row.new_tensor(x) for x in (_UNIT, _SMALLEST, self.added, 1 / self.m))
+        unit, smallest, added, share = (
+            self.row.new_tensor(x) for x in (_UNIT, _SMALLEST, self.added, 1 / max(self.m, 1))
+        )
         poison = 0.0
         row_like = (self.new_row, means, left, left[..., 1:])
         for _, (block,), (row, mean, factors, inverse), (col_sums,) in _blocks(
@@ -101,8 +117,17 @@ class FactoredMoment:
             torch.div(unit, row if self.added else torch.maximum(row, smallest, out=inverse), out=inverse)
             # sum_i q_ij and sum_i q_ij / R_i in one product; a row that is 0 has nothing to add
             col_sums.baddbmm_(factors.mT, q)
-        self.new_col = torch.lerp(self.col, sums[:, :1] / self.n + self.added, self.weight)
-        mean_row = self.new_row.mean(1, keepdim=True).clamp_(min=self.floor)
+        n, mean_row = self.n, self.new_row.mean(1, keepdim=True)
+        if self.rows is not None:
+            n = self.rows
+            numbers = sums.new_tensor([poison, param_squares])
+            vector = torch.cat([sums.flatten(), self.new_row.sum(1).flatten(), numbers])
+            yield vector
+            totals, total_row, numbers = vector.split([sums.numel(), len(self.row), 2])
+            sums, mean_row = totals.view(sums.shape), total_row.view(-1, 1, 1) / n
+            poison, param_squares = numbers.tolist()
+        self.new_col = torch.lerp(self.col, sums[:, :1] / n + self.added, self.weight)
+        mean_row = mean_row.clamp_(min=self.floor)
         poison += 0.0 * (mean_row.double().sum() + self.new_col.double().sum()).item()
         self.row_scale = _safe_rsqrt(self.new_row / mean_row)
         self.col_scale = _safe_rsqrt(self.new_col)
@@ -113,10 +138,10 @@ class FactoredMoment:
             # where it is below fp32's normal numbers, 1 / R may be Inf, and the column sums do not tell the sum of u²
             if not (smallest_row / mean_row * smallest_col > max(self.floor**2, 2.0**-126)).all():
                 self.bound = 1 / self.floor
-                return self._sum_of_squares(grad, transform, scratch) + poison
+                return self._sum_of_squares(grad, transform, scratch) + poison, param_squares
         # sum_ij u² = mean(R) sum_j (sum_i q_ij / R_i) / C_j, so that it needs no third look
         terms = torch.where(self.new_col > 0, sums[:, 1:].double() / self.new_col, 0.0)
-        return (mean_row * terms.sum(2, keepdim=True)).sum().item() / _UNIT + poison
+        return (mean_row * terms.sum(2, keepdim=True)).sum().item() / _UNIT + poison, param_squares
 
     def _sum_of_squares(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
         total = 0.0
@@ -163,7 +188,10 @@ class FullMoment:
             moment, *views = (t[start : start + cut.BLOCK] for t in (self.moment, *flat))
             yield start, (moment,), views
 
-    def look(self, grad: Tensor, transform: GradTransform, scratch: Scratch) -> float:
+    def look(
+        self, grad: Tensor, transform: GradTransform, scratch: Scratch, param_squares: float
+    ) -> Generator[Tensor, None, tuple[float, float]]:
+        yield from ()  # a vector is in one piece
         total = 0.0
         for _, (old,), (block,) in self.blocks(grad):
             g, unscaled = cut.read_gradient(block, transform, scratch.like(block)[0])
@@ -172,7 +200,7 @@ class FullMoment:
             moment = self._moved(old, g)
             total += 0.0 * moment.amax().item()  # Inf would make an update of 0
             total += self._inverse_root(moment).mul_(g).square_().sum().item()
-        return total
+        return total, param_squares
 
     def squares(self, block: Tensor, out: Tensor) -> float:
         return block.float().square().sum().item()
@@ -194,12 +222,17 @@ class FullMoment:
         pass
 
 
-def moment_of(param: Tensor, row: Tensor, col: Tensor | None, step: int, rule: FactoredRule) -> Moment:
-    """Return the second moment of a parameter as it will be at ``step``, by the rule's schedule."""
+def moment_of(
+    param: Tensor, row: Tensor, col: Tensor | None, step: int, rule: FactoredRule, rows: int | None
+) -> Moment:
+    """Return the second moment of a parameter as it will be at ``step``, by the rule's schedule.
+
+    ``rows`` are those of the whole where the parameter has some of them; None: it has all.
+    """
     weight = float(step) ** rule.decay_rate if rule.beta2 is None else 1 - rule.beta2
     if col is None:
         return FullMoment(param, row, weight, rule.eps[0], rule.eps_floor)
-    return FactoredMoment(param, row, col, weight, rule.eps[0], rule.eps_floor)
+    return FactoredMoment(param, row, col, weight, rule.eps[0], rule.eps_floor, rows)
 
 
 def _safe_rsqrt(x: Tensor) -> Tensor:

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import rounds_stochastically
-from lowmem_kernels.shards import Shard, Spread
+from lowmem_kernels.shards import RowPieces, Shard
 from lowmem_kernels.tensors import Gradients, Tensors
 
 from .cuts import shard_of
-from .sharding import any_sharded, cut_dims, cuts_of, is_sharded, local_of, locals_of, placing, spread_of
+from .sharding import any_sharded, cut_dims, cuts_of, is_sharded, local_of, locals_of, placing, row_pieces
 
 T = TypeVar("T")
 
@@ -123,14 +123,9 @@ class Bucket:
             )
         return self._lists[key]
 
-    def spread(self, conv: bool = False) -> Spread | None:
-        """How the pieces are spread over processes, None where they are whole; ``conv`` says what rows and columns are.
-
-        The parameters of a bucket in pieces have as many dimensions as each other.
-        """
-        if not self.in_pieces:
-            return None
-        return self.kept(f"spread, {conv}", lambda _: spread_of(self.wholes, self.shards or (), conv))
+    def pieces(self) -> RowPieces | None:
+        """How the rows of matrices in pieces are spread over processes; None where they are whole, or cut otherwise."""
+        return self.kept("pieces", lambda _: row_pieces(self.wholes, self.shards or ())) if self.in_pieces else None
 
     def kept(self, what: str, make: Callable[[Tensors], T]) -> T:
         """Return what ``make`` makes of the parameters, once for as long as the bucket lives."""

@@ -87,6 +87,9 @@ class CAME(LowMemOptimizer):
         residual = new_factors(param, "exp_avg_res") if param.ndim >= 2 else {}
         return {**new_momentum(param, group), **new_second_moment(param), **residual}
 
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        return bucket.pieces() is not None
+
     def update(self, bucket: Bucket) -> None:
         group = bucket.group
         rows, cols = second_moments(bucket)
@@ -104,5 +107,6 @@ class CAME(LowMemOptimizer):
             eps=group["eps"],
             clip_threshold=group["clip_threshold"],
             weight_decay=group["weight_decay"],
+            pieces=bucket.pieces(),
             **bucket.options(),
         )

@@ -55,6 +55,10 @@ class FactoredOptimizer(LowMemOptimizer):
     def new_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         return new_second_moment(param)
 
+    def takes_pieces(self, bucket: Bucket) -> bool:
+        # with a floor under V, another read of the gradient may be needed in some processes only
+        return bucket.pieces() is not None and not self.rule(bucket.group).eps_floor
+
     def update(self, bucket: Bucket) -> None:
         rule, (lr, weight_decay) = self.rule(bucket.group), self.rates(bucket.group)
         # a captured graph is replayed without Python, where nobody sees that a parameter has changed
@@ -73,6 +77,7 @@ class FactoredOptimizer(LowMemOptimizer):
             rule=rule,
             exp_avgs=None if rule.beta1 is None else bucket.state("exp_avg"),
             param_sums=None if carried is None else carried.now(),
+            pieces=bucket.pieces(),
             **bucket.options(),
         )
         if carried is not None:

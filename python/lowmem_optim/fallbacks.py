@@ -50,6 +50,6 @@ def fallback_update_(bucket: Bucket, lr: float | Tensor) -> None:
         )
     elif bucket.rule == "adafactor":
         rows, cols = second_moments(bucket)
-        factored_update_(params, grads, rows, cols, steps, rule=ADAFACTOR, **common)
+        factored_update_(params, grads, rows, cols, steps, rule=ADAFACTOR, pieces=bucket.pieces(), **common)
     else:
         sinkhorn_update_(params, grads, steps, rule=TABLE, exp_avgs=bucket.state("exp_avg"), **common)

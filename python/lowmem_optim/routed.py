@@ -84,7 +84,7 @@ class RoutedOptimizer(LowMemOptimizer):
         return self.new_matrix_state(param, group) if rule == OWN_RULE else new_fallback_state(rule, param)
 
     def takes_pieces(self, bucket: Bucket) -> bool:
-        return bucket.rule == "adamw"
+        return bucket.rule == "adamw" or (bucket.rule == "adafactor" and bucket.pieces() is not None)
 
     def update(self, bucket: Bucket) -> None:
         if bucket.rule == OWN_RULE:

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem_kernels.shards import Shard, Spread, Sum
+from lowmem_kernels.shards import RowPieces, Shard
 
 from .cuts import Cut, cut_out, local_shape, shard_of
 
@@ -97,30 +97,17 @@ def process_group(mesh: Any, dims: Iterable[int] | None = None) -> Any:
     return _group_of(tuple(sorted(ranks.flatten().tolist())))
 
 
-def spread_of(params: Sequence[Any], shards: Sequence[Shard | None], conv: bool) -> Spread:
-    """Return how DTensors with the same mesh, placements and number of dimensions are spread, for verbs.
+def row_pieces(params: Sequence[Any], shards: Sequence[Shard | None]) -> RowPieces | None:
+    """Return how the rows of DTensors are spread over processes; None where anything else but rows is cut.
 
-    ``shards`` are `shard_of` each. Rows are the last dimension but one, or with ``conv`` the first; columns all after
-    them. A vector is one row.
+    They have the same mesh, placements and number of dimensions; ``shards`` are `shard_of` each.
     """
-    mesh, ndim = params[0].device_mesh, params[0].ndim
-    rows = -1 if ndim < 2 else 0 if conv else ndim - 2
-    dims = cut_dims(params[0])
-    where = {i: params[0].placements[i].dim for i in dims}
-
-    def sum_over(dims: tuple[int, ...]) -> Sum | None:
-        group = process_group(mesh, dims)
-        return None if group is None else partial(dist.all_reduce, group=group)
-
-    everywhere = sum_over(dims)
-    assert everywhere is not None
-    return Spread(
-        shapes=tuple([tuple(param.shape) for param in params]),
-        shards=tuple(shards),
-        sum_rows=sum_over(tuple([i for i in dims if where[i] == rows])),
-        sum_cols=sum_over(tuple([i for i in dims if where[i] > rows])),
-        sum_pieces=everywhere,
-    )
+    first = params[0]
+    dims = cut_dims(first)
+    if first.ndim < 2 or any(first.placements[i].dim != first.ndim - 2 for i in dims):
+        return None
+    total = partial(dist.all_reduce, group=process_group(first.device_mesh, dims))
+    return RowPieces(tuple([param.shape[-2] for param in params]), tuple(shards), total)
 
 
 def moved_placements(param: Any, dims: Sequence[int | None]) -> tuple[Any, ...]:

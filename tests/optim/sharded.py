@@ -8,6 +8,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Replicate, distribute_tensor
 
+from lowmem_kernels.numerics import parity_tolerance
 from lowmem_optim import (
     APOLLO,
     CAME,
@@ -31,9 +32,12 @@ SHAPES = [(8, 6), (16, 3, 5), (7, 5), (1, 6), (3, 4, 5), (5,), (0, 4), ()]
 
 @dataclass(frozen=True)
 class Config:
-    """An optimizer with options, all-reduces in one of its steps, whether shards end with the bits of the whole.
+    """An optimizer with options.
 
-    all_reduces: in a step, besides the two all-to-alls for each bucket of whole matrices.
+    all_reduces: in a step, besides the two all-to-alls for each bucket of whole matrices, and the sums over rows.
+    row_sums: all-reduces for each bucket of matrices whose rows alone are in several processes; 0: they are put
+        together as those that are cut otherwise.
+    same_bits: shards end with those of the whole, where there are no sums over rows.
     """
 
     name: str
@@ -41,6 +45,7 @@ class Config:
     dtype: torch.dtype
     options: dict[str, Any] = field(default_factory=dict)
     all_reduces: int = 0
+    row_sums: int = 0
     same_bits: bool = True
 
     def make(self, params):
@@ -55,21 +60,22 @@ CONFIGS = [
     Config("Lomo, bfloat16", Lomo, torch.bfloat16),
     Config("Lomo, float32, clip_grad_norm", Lomo, torch.float32,
            {"clip_grad_norm": 1.0}, all_reduces=1, same_bits=False),
-    Config("Adafactor, float32", Adafactor, torch.float32, {"lr": None}),
-    Config("Adafactor, bfloat16, momentum", Adafactor, torch.bfloat16, {"relative_step": False, "beta1": 0.9}),
+    Config("Adafactor, float32", Adafactor, torch.float32, {"lr": None}, row_sums=1),
+    Config("Adafactor, bfloat16, momentum", Adafactor, torch.bfloat16, {"relative_step": False, "beta1": 0.9},
+           row_sums=1),
     Config("TorchAdafactor, float32", TorchAdafactor, torch.float32),
     Config("AdaLomo, float32, clip_grad_norm", AdaLomo, torch.float32,
-           {"clip_grad_norm": 1.0}, all_reduces=1, same_bits=False),
-    Config("AdaLomo, bfloat16", AdaLomo, torch.bfloat16),
-    Config("CAME, float32", CAME, torch.float32),
-    Config("CAME, bfloat16", CAME, torch.bfloat16),
+           {"clip_grad_norm": 1.0}, all_reduces=1, row_sums=1, same_bits=False),
+    Config("AdaLomo, bfloat16", AdaLomo, torch.bfloat16, row_sums=1),
+    Config("CAME, float32", CAME, torch.float32, row_sums=2),
+    Config("CAME, bfloat16", CAME, torch.bfloat16, row_sums=2),
     Config("SinkGD, float32", SinkGD, torch.float32),
     Config("SinkGD, bfloat16, momentum, stacks", SinkGD, torch.bfloat16, {"momentum": 0.9, "stacks": "batched"}),
     Config("MNGD, float32, all fallbacks' table", MNGD, torch.float32,
            {"norms": ("col", "row", "frobenius"), "fallback": "table"}),
     Config("MNGD, bfloat16, spectral", MNGD, torch.bfloat16, {"norms": ("row", "spectral"), "iterations": 1}),
     Config("SWAN, float32", SWAN, torch.float32, {"stacks": "batched"}),
-    Config("SWAN, bfloat16, fallback adafactor", SWAN, torch.bfloat16, {"fallback": "adafactor"}),
+    Config("SWAN, bfloat16, fallback adafactor", SWAN, torch.bfloat16, {"fallback": "adafactor"}, row_sums=1),
     Config("APOLLO, float32", APOLLO, torch.float32, {"rank": 2, "update_proj_gap": 7}),
     Config("APOLLO, bfloat16 and states, stacks", APOLLO, torch.bfloat16,
            {"rank": 2, "state_dtype": "param", "stacks": "batched"}),
@@ -126,6 +132,18 @@ class Model(nn.Module):
     def load(self, optimizer, states):
         self.load_state_dict(states["model"])
         set_optimizer_state_dict(self, optimizer, states["optimizer"])
+
+
+def assert_same_numbers(found, expected, started, steps):
+    """What sums in another order may make of it: float32 within the project's tolerance, and of bfloat16, whose
+    rounding has the same noise, a few elements the next number."""
+    for a, b, start in zip(expected, found, started, strict=True):
+        if a.dtype is torch.bfloat16:
+            differs = a != b
+            assert differs.sum() <= 0.02 * a.numel()
+            torch.testing.assert_close(b[differs], a[differs], rtol=2**-7, atol=1e-3)
+        else:
+            assert (a - b).norm() <= parity_tolerance(start, a, steps)
 
 
 def state_dicts(model, optimizer):

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from lowmem_optim import CAME
-from optim.sharded import CHECKPOINTED, Model, state_dicts
+from optim.sharded import CHECKPOINTED, Model, assert_same_numbers, state_dicts
 from optim.tensors import assert_same_bits
 
 WORKER = Path(__file__).with_name("sharded_worker.py")
@@ -68,7 +68,11 @@ def test_two_and_four_processes_equal_one(tmp_path):
         model.load(optimizer, states)
         for step in range(3, 6):
             model.step(optimizer, step)
-        assert_same_bits(list(model.parameters()), torch.load(tmp_path / f"{config.name}.pt"))
+        ends, expected = list(model.parameters()), torch.load(tmp_path / f"{config.name}.pt")
+        if config.row_sums:
+            assert_same_numbers(ends, expected, expected, 6)
+        else:
+            assert_same_bits(ends, expected)
 
 
 def test_the_example_learns_and_carries_on(tmp_path):
