@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .numerics import PARAM_DTYPES, name_of
-from .shards import RowPieces
+from .pieces import RowPieces
 from .tensors import Gradients, remembered
 
 SCALAR = torch.Size()
@@ -79,7 +79,7 @@ def check_pieces(params: Sequence[Tensor], pieces: RowPieces | None) -> None:
     """Raise ValueError unless every parameter can be some rows of matrices as ``pieces`` says."""
     if pieces is None:
         return
-    for name, entries in (("rows", pieces.rows), ("shards", pieces.shards)):
+    for name, entries in (("rows", pieces.rows), ("places", pieces.places)):
         if len(entries) != len(params):
             raise ValueError(
                 f"pieces.{name} has {len(entries)} entries; allowed: {len(params)}, one for each parameter"

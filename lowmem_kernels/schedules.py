@@ -150,14 +150,26 @@ def vectors(size: int) -> int:
 
 
 def launch_schedule(
-    kernel: Any, schedule: Schedule, params: Sequence[Tensor], where: np.ndarray, scratch: Tensor, **arguments: Any
+    kernel: Any,
+    schedule: Schedule,
+    params: Sequence[Tensor],
+    where: np.ndarray,
+    scratch: Tensor,
+    counts: Tensor | None = None,
+    phase: int | None = None,
+    **arguments: Any,
 ) -> None:
-    """Launch a kernel over a schedule's tickets. ``where`` are the addresses of all parameters' tensors."""
+    """Launch a kernel over a schedule's tickets. ``where`` are the addresses of all parameters' tensors.
+
+    Given a ``phase``, only its launch, of an order that is phased and in one bundle; ``counts`` are then counters of
+    its own, 0 before the first, since other schedules may come in between.
+    """
     device = params[0].device
     table = uploaded(params, schedule, schedule.values)
     pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
-    counts = counters(schedule.counters, device)
-    for tickets in schedule.launches:
+    if counts is None:
+        counts = counters(schedule.counters, device)
+    for tickets in schedule.launches if phase is None else schedule.launches[phase : phase + 1]:
         with launching_on(device):
             kernel[(len(tickets),)](
                 table_ptr=table, addresses_ptr=pointers, scratch_ptr=scratch, counters_ptr=counts,

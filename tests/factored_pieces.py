@@ -108,18 +108,19 @@ def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):
         assert {int(run.steps[i]) for run in several} == {STEPS}
     columns = [torch.Size(s[:-2]).numel() * s[-1] for s in shapes if 0 not in s]
     matrices = [torch.Size(s[:-2]).numel() for s in shapes if 0 not in s]
-    first = 2 * sum(columns) + sum(matrices) + 2 * len(columns)
+    # of each parameter the sum of p², and in torch whether all is finite, which kernels see in the other sums
+    first = 2 * sum(columns) + sum(matrices) + (2 if backend == "torch" else 1) * len(columns)
     expected = [first, sum(columns) + sum(matrices)] if whole.is_came else [first]
     assert [count for _, count in meetings.sums] == expected * STEPS
 
 
-def assert_bad_rows_stop_all(dialect, backend, **transform):
-    """A NaN in the rows of the last process: none of them moves that matrix, its state or its step."""
+def assert_bad_rows_stop_all(dialect, bad, backend, **transform):
+    """A bad element in the rows of the last process: none of them moves that matrix, its state or its step."""
     rows, shapes = Rows(2), SHAPES[:2]
 
     def change(step, grads):
         if step == 1:
-            grads[0][-1, 3] = float("nan")
+            grads[0][-1, 3] = bad
         return grads
 
     whole, several, _ = runs(dialect, rows, shapes, torch.float32, backend, change, **transform)
@@ -141,4 +142,4 @@ def assert_noise_is_that_of_the_whole(dialect, rows, shapes, backend):
             found = gathered(rows, [getattr(run, name)[i] for run in several], expected, -2)
             differ += int((found != expected).sum())
             total += expected.numel()
-    assert differ <= 2e-3 * total, (differ, total)
+    assert differ <= 3e-4 * total, (differ, total)

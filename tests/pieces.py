@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from lowmem_kernels.shards import RowPieces, Sum
-from lowmem_optim.cuts import Cut, cut_out, shard_of
+from lowmem_kernels.pieces import RowPieces, Sum
+from lowmem_optim.cuts import Cut, cut_out, row_place
 
 
 class Meetings:
@@ -102,6 +102,6 @@ class Rows:
         """As a process hands it to a verb."""
         return RowPieces(
             rows=tuple([shape[-2] for shape in shapes]),
-            shards=tuple([shard_of(shape, self.cuts(rank, len(shape) - 2)) for shape in shapes]),
+            places=tuple([row_place(shape[-2], self.cuts(rank, len(shape) - 2)) for shape in shapes]),
             all_reduce=meetings.sum_of(rank, tuple(range(self.processes))),
         )

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
-from ..shards import RowPieces
+from ..pieces import RowPieces
 from .checks import check_confidence, check_factored
 from .rule import FactoredRule
 
@@ -70,8 +70,8 @@ def factored_update_(
         param_sums: 0-d float32 tensors holding the sum of p² that the last call left, or NaN where p may have changed
             since; written where ``rule.scale_parameter``. With it p need not be read for RMS(p). None: it always is.
         pieces: how rows are spread over processes, None where they are all here; for parameters of two or more
-            dimensions and a rule without ``eps_floor``. One sum of 2 m + 1 numbers for each matrix and 2 for each
-            parameter. ``param_sums`` are those of the rows that are here.
+            dimensions and a rule without ``eps_floor``. One sum of 2 m + 1 numbers for each matrix and at most 2
+            for each parameter. ``param_sums`` are those of the rows that are here.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, m stream 1.
         backend: "auto", "triton" or "torch".

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..checks import SCALAR, check_gradients, check_list, check_params, check_pieces, state_dtypes
-from ..shards import RowPieces
+from ..pieces import RowPieces
 from ..tensors import remembered
 from .rule import LR_SCHEDULES, FactoredRule
 

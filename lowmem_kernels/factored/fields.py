@@ -9,7 +9,7 @@ group, or ``batch`` whole matrices where they are small. Offsets count float32 e
 FIELDS = (
     "key",  # tensor_key of the rounding noise
     "full",  # 1: the second moment is kept in full
-    "numel",
+    "numel",  # of the whole parameter, where its rows are in pieces
     "matrices",
     "n",
     "m",
@@ -22,6 +22,15 @@ FIELDS = (
     "slab_width",  # columns of such a ticket
     "col_tickets",
     "update_sums",  # how many partial sums of u² there are after the column phase
+    # of the whole, of which this may be a piece: rows, and where those here are (see pieces.RowPlace)
+    "rows",
+    "first_row",
+    "run",
+    "distance",
+    # of a piece, where its sums start in the vector that is added up over processes: matrices x 2 x m column sums of g²
+    # and g²/R, matrices sums of R, the sum of p²; and matrices x m and matrices of CAME's residual
+    "sums",
+    "res_sums",
     # offsets in the scratch, with what lies there
     "new_row",  # matrices x n
     "new_col",  # matrices x m
@@ -51,8 +60,8 @@ FIELDS = (
 #: Addresses of a parameter's tensors; 0 where there is none.
 COLUMNS = ("param", "grad", "row", "col", "step", "exp_avg", "param_sum", "res_row", "res_col")
 
-#: Phases of all rules, in order.
-PHASES = ("look", "columns", "floor", "residual", "residual_columns", "apply")
+#: Phases of all rules, in order. Pieces go through "sums" and "residual_sums", after which the host adds up processes.
+PHASES = ("look", "sums", "columns", "floor", "residual", "residual_sums", "residual_columns", "apply")
 
 #: What a parameter's scalars in the scratch are.
 SCALARS = (

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,15 +15,15 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces
 from ..schedules import Shape, geometries_of, launch_schedule
-from ..shards import RowPieces
 from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
 from ..tickets import Order, plan_order
 from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import FactoredSchedule, schedules_of
+from .schedule import FactoredSchedule, Piece, pieces_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ def factored_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.factored.factored_update_`: one launch for each tile and layout that occurs."""
-    phases = ("look", "columns", "floor", "apply") if rule.eps_floor else ("look", "columns", "apply")
+    phases = ("look", "sums", "columns", "floor", "apply") if rule.eps_floor else ("look", "sums", "columns", "apply")
     columns = {
         "param": params, "grad": grads, "row": rows, "col": cols, "step": steps, "exp_avg": exp_avgs,
         "param_sum": param_sums if rule.scale_parameter else None,
     }  # fmt: skip
     _launch(
-        _factored_kernel, phases, columns, transform, rounding,
+        _factored_kernel, phases, columns, pieces, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay),
         # 1 - beta is taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
         beta2_weight=None if rule.beta2 is None else 1 - rule.beta2, decay_rate=float(rule.decay_rate),
@@ -112,21 +112,32 @@ def confidence_update_(
         "res_row": res_rows, "res_col": res_cols,
     }  # fmt: skip
     _launch(
-        _confidence_kernel, ("look", "columns", "residual", "residual_columns", "apply"), columns, transform, rounding,
+        _confidence_kernel,
+        ("look", "sums", "columns", "residual", "residual_sums", "residual_columns", "apply"),
+        columns, pieces, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay),
         one_minus_beta1=1 - betas[0], one_minus_beta2=1 - betas[1], one_minus_beta3=1 - betas[2],
         eps1=float(eps[0]), eps2=float(eps[1]), clip_threshold=float(clip_threshold),
     )  # fmt: skip
 
 
+#: Phases after which sums of pieces are added up over processes.
+_SUMS = ("sums", "residual_sums")
+
+#: Of pieces: all of them take a phase in one launch.
+_TOGETHER = Order(bundle_bytes=1 << 62, ahead=0, reverse=True, phased=True)
+
+
 def _launch(
     kernel: Any,
     phases: tuple[str, ...],
     columns: dict[str, Any],
+    pieces: RowPieces | None,
     transform: GradTransform,
     rounding: Rounding,
     **arguments: Any,
 ) -> None:
+    """Launch over all parameters. ``phases`` are those of pieces, of which others do without _SUMS."""
     params, grads, exp_avgs = columns["param"], columns["grad"], columns["exp_avg"]
     if not params:
         return
@@ -134,16 +145,51 @@ def _launch(
     facts = device_facts(device)
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
-    for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), phases, plan_order(facts)):
+    keys = rounding.keys(len(params))
+
+    def prepared(schedule: FactoredSchedule) -> Callable[..., None]:
         plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size)
-        launch_schedule(
-            kernel, schedule, params, where, torch.empty(schedule.scratch, dtype=torch.float32, device=device),
+        return partial(
+            launch_schedule, kernel, schedule, params, where,
+            torch.empty(schedule.scratch, dtype=torch.float32, device=device),
             STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
             BLOCK_ROWS=plan.tile.rows, BLOCK_COLS=plan.tile.cols, **plan.options(),
             **update_arguments(params, grads, schedule.layout, transform, rounding), **arguments,
         )  # fmt: skip
+
+    if pieces is None:
+        phases = tuple([phase for phase in phases if phase not in _SUMS])
+        for schedule in _schedules(params, grads, aligned, keys, phases, plan_order(facts), None):
+            prepared(schedule)(sums_ptr=None)
+    else:
+        places, sizes = pieces_of([tuple(p.shape) for p in params], pieces, "residual" in phases)
+        schedules = _schedules(params, grads, aligned, keys, phases, _TOGETHER, places)
+        for i, place in enumerate(places):
+            if place is None:
+                # a whole without elements, of which no kernel hears
+                columns["step"][i].add_(1 if transform.found_inf is None else (transform.found_inf == 0))
+        _launch_phases([prepared(s) for s in schedules], schedules, phases, sizes, pieces, device)
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)
+
+
+def _launch_phases(
+    launches: Sequence[Callable[..., None]],
+    schedules: Sequence[FactoredSchedule],
+    phases: Sequence[str],
+    sizes: tuple[int, int],
+    pieces: RowPieces,
+    device: torch.device,
+) -> None:
+    """Launch phase after phase of all schedules, and add up over processes what some of them leave."""
+    counts = [torch.zeros(schedule.counters, dtype=torch.int32, device=device) for schedule in schedules]
+    sums = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+    parts = iter(sums.split(sizes))
+    for k, phase in enumerate(phases):
+        for launch, own in zip(launches, counts, strict=True):
+            launch(sums_ptr=sums, counts=own, phase=k)
+        if phase in _SUMS:
+            pieces.all_reduce(next(parts))
 
 
 #: Columns that are read as tiles.
@@ -157,13 +203,16 @@ def _schedules(
     keys: tuple[int, ...],
     phases: tuple[str, ...],
     order: Order,
+    pieces: tuple[Piece | None, ...] | None,
 ) -> tuple[FactoredSchedule, ...]:
     strides, itemsize = strides_of(params, grads), grads[0].itemsize
 
     def make() -> tuple[FactoredSchedule, ...]:
-        return _schedules_of(geometries_of(params, strides), tuple(aligned.tolist()), keys, phases, itemsize, order)
+        geometries = geometries_of(params, strides)
+        return _schedules_of(geometries, tuple(aligned.tolist()), keys, phases, itemsize, order, pieces)
 
-    return remembered([params], ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order), make)
+    what = ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order, pieces)
+    return remembered([params], what, make)
 
 
 # for plain lists, of which nothing is remembered

@@ -245,8 +245,8 @@ def _blocks(
 ) -> Iterator[tuple[int, Sequence[Tensor], Sequence[Tensor], Sequence[Tensor]]]:
     """Cut tensors of one shape, [E, n, x] and [E, x, m] into blocks of whole rows: several small matrices, or a part of
     one. Yields (index of the first element, views of the first, of the second, of the third)."""
-    rows = max(1, min(n, _ROWS, cut.BLOCK // m))
-    matrices = max(1, cut.BLOCK // (n * m)) if rows == n else 1
+    rows = max(1, min(n, _ROWS, cut.BLOCK // max(m, 1)))
+    matrices = max(1, cut.BLOCK // max(n * m, 1)) if rows == n else 1
     done = 0
     for stack in _stacks(n, m, tensors):
         some = slice(done, done + len(stack[0]))

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from ..blocks import Scratch, as_fp32, found_inf, read_gradient, store_
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces, lockstep
 from ..rounding import stream_key
-from ..shards import RowPieces, Shard, lockstep
+from ..shards import Shard
 from .moments import FactoredMoment, Moment, moment_of
 from .rule import FactoredRule
 
@@ -111,6 +112,9 @@ def confidence_update_(
         piece, step = _piece(param, pieces, i), int(steps[i]) + 1
         moment = moment_of(param, rows[i], cols[i], step, rule, piece.rows)
         if (yield from _look(moment, grads[i], steps[i], piece, rule, transform, scratch, 0.0)) is None:
+            if piece.rows is not None and piece.numel:
+                # so that the second sum is as long whatever is skipped
+                yield param.new_zeros(math.prod(param.shape[:-2]) * (param.shape[-1] + 1), dtype=torch.float32)
             return
         p_key, m_key = stream_key(keys[i], step, 0), stream_key(keys[i], step, 1)
         residual = None
@@ -179,7 +183,7 @@ def _piece(param: Tensor, pieces: RowPieces | None, i: int) -> _Piece:
     if pieces is None:
         return _Piece(param.numel(), None, None)
     outer, m = math.prod(param.shape[:-2]), param.shape[-1]
-    return _Piece(outer * pieces.rows[i] * m, pieces.rows[i], pieces.shards[i])
+    return _Piece(outer * pieces.rows[i] * m, pieces.rows[i], pieces.shard(i, param.shape))
 
 
 def _look(

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
+from typing import NamedTuple
 
 import torch
 
+from ..pieces import RowPieces, RowPlace
 from ..schedules import SMALL_TILES, Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout, collapse
 from ..tickets import Order, Stage
@@ -26,6 +29,39 @@ WIDE, NARROW = Shape(16, 256), Shape(128, 32)
 HALF_WIDE, HALF_NARROW = Shape(8, 256), Shape(64, 32)
 
 
+class Piece(NamedTuple):
+    """What a schedule has to know of a parameter of which only some rows are here.
+
+    rows: of the whole. place: which of them are here. sums, res_sums: where its sums start in the vector of all.
+    """
+
+    rows: int
+    place: RowPlace
+    sums: int
+    res_sums: int
+
+
+def pieces_of(
+    shapes: Sequence[tuple[int, ...]], pieces: RowPieces, residual: bool
+) -> tuple[tuple[Piece | None, ...], tuple[int, int]]:
+    """Return what schedules have to know of parameters in pieces, and how many numbers there are of each sum.
+
+    ``shapes`` are those of what is here; ``residual`` says whether there is a second sum. None stands for a parameter
+    that has no elements in any process.
+    """
+    found: list[Piece | None] = []
+    first = second = 0
+    for (*outer, _n, m), rows, place in zip(shapes, pieces.rows, pieces.places, strict=True):
+        matrices = prod(outer)
+        if matrices * rows * m == 0:
+            found.append(None)
+            continue
+        found.append(Piece(rows, place, first, second))
+        first += matrices * (2 * m + 1) + 1
+        second += matrices * (m + 1) if residual else 0
+    return tuple([piece and piece._replace(res_sums=first + piece.res_sums) for piece in found]), (first, second)
+
+
 @dataclass(frozen=True, eq=False)
 class FactoredSchedule(Schedule):
     """Parameters of one launch, in what tiles they are cut, and what may be assumed of them."""
@@ -41,6 +77,7 @@ def schedules_of(
     phases: Sequence[str],
     itemsize: int,
     order: Order,
+    pieces: Sequence[Piece | None] | None = None,
 ) -> tuple[FactoredSchedule, ...]:
     """Return the schedules of a list of parameters: one for each tile and layout that occurs.
 
@@ -51,18 +88,23 @@ def schedules_of(
         phases: of the rule, in order.
         itemsize: bytes of a gradient's element.
         order: of the tickets.
+        pieces: what there is to know of parameters in pieces, None for those that have no elements at all; a phase is
+            then one launch of all of them.
     """
     kinds: dict[tuple[Shape, Layout], list[int]] = {}
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
+        if pieces is not None and pieces[i] is None:
+            continue
         layout = layout_of(geometry, starts_aligned)
         kinds.setdefault((tile_of(geometry, layout), layout), []).append(i)
+    limit = SCRATCH_BYTES if pieces is None else 1 << 62
     # the last phase that needs the partial sums
     frees = PHASES.index("residual_columns" if "residual" in phases else "columns")
     schedules = []
     for (tile, layout), members in kinds.items():
-        rows = [_Row(geometries[i], tile, phases) for i in members]
+        rows = [_Row(geometries[i], tile, phases, None if pieces is None else pieces[i]) for i in members]
         member_keys = [keys[i] for i in members]
-        schedule = schedule_of(members, rows, member_keys, itemsize, frees, order, SCRATCH_BYTES)
+        schedule = schedule_of(members, rows, member_keys, itemsize, frees, order, limit)
         schedules.append(FactoredSchedule(**vars(schedule), tile=tile, layout=layout))
     return tuple(schedules)
 
@@ -89,22 +131,23 @@ class _Row(Row):
 
     names = FIELDS
 
-    def __init__(self, geometry: Geometry, tile: Shape, phases: Sequence[str]) -> None:
+    def __init__(self, geometry: Geometry, tile: Shape, phases: Sequence[str], piece: Piece | None) -> None:
         shape, residual = geometry.shape, "residual" in phases
         numel = torch.Size(shape).numel()
-        full = len(shape) < 2 or numel == 0
+        full = len(shape) < 2 or (numel == 0 and piece is None)
         if full:
             matrices, n, m = 1, -(-numel // tile.cols), tile.cols
             last = numel - (n - 1) * m if n else 0
         else:
-            matrices, n, m = numel // (shape[-2] * shape[-1]), shape[-2], shape[-1]
+            matrices, n, m = prod(shape[:-2]), shape[-2], shape[-1]
             last = m
+        whole = Piece(n, RowPlace(0, max(n, 1), 0), 0, 0) if piece is None else piece
         blocks = -(-n // tile.rows)
         groups = max(1, min(blocks, MAX_GROUPS // matrices))
         group_rows = max(1, -(-blocks // groups)) * tile.rows
         groups = max(1, -(-n // group_rows))
         tiles = blocks * -(-m // tile.cols)
-        batch = max(1, SMALL_TILES // tiles) if groups == 1 and not full else 1
+        batch = max(1, SMALL_TILES // max(tiles, 1)) if groups == 1 and not full else 1
         tickets = -(-matrices // batch) * groups
         slabs = -(-m // SLAB) if batch == 1 and not full else 1
         col_tickets = -(-matrices // batch) * slabs
@@ -128,7 +171,7 @@ class _Row(Row):
         dims, strides = _strides(geometry, m, full)
         fields = {
             "full": int(full),
-            "numel": numel,
+            "numel": numel if piece is None else matrices * whole.rows * m,
             "matrices": matrices,
             "n": n,
             "m": m,
@@ -140,7 +183,13 @@ class _Row(Row):
             "slab_tickets": slabs,
             "slab_width": SLAB if slabs > 1 else m,
             "col_tickets": col_tickets,
-            "update_sums": (tickets if full else col_tickets) if numel else 0,
+            "update_sums": 0 if full and not numel else tickets if full else col_tickets,
+            "rows": whole.rows,
+            "first_row": whole.place.first,
+            "run": whole.place.run,
+            "distance": whole.place.distance,
+            "sums": whole.sums,
+            "res_sums": whole.res_sums,
             "ndim": len(dims) // 3,
             **strides,
         }
@@ -157,7 +206,7 @@ class _Row(Row):
         ]
 
     def _tickets_in(self, phase: str) -> int:
-        if phase == "columns":
+        if phase in ("columns", "sums", "residual_sums"):
             return self._col_tickets
         if phase == "residual_columns":
             return 0 if self._full else self._col_tickets

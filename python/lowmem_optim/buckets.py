@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import rounds_stochastically
-from lowmem_kernels.shards import RowPieces, Shard
+from lowmem_kernels.pieces import RowPieces
+from lowmem_kernels.shards import Shard
 from lowmem_kernels.tensors import Gradients, Tensors
 
 from .cuts import shard_of
@@ -125,7 +126,7 @@ class Bucket:
 
     def pieces(self) -> RowPieces | None:
         """How the rows of matrices in pieces are spread over processes; None where they are whole, or cut otherwise."""
-        return self.kept("pieces", lambda _: row_pieces(self.wholes, self.shards or ())) if self.in_pieces else None
+        return self.kept("pieces", lambda _: row_pieces(self.wholes)) if self.in_pieces else None
 
     def kept(self, what: str, make: Callable[[Tensors], T]) -> T:
         """Return what ``make`` makes of the parameters, once for as long as the bucket lives."""

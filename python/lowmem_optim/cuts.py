@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lowmem_kernels.pieces import RowPlace
 from lowmem_kernels.shards import Shard
 from lowmem_kernels.table import collapse
 
@@ -73,6 +74,15 @@ def shard_of(shape: Sequence[int], cuts: Sequence[Cut]) -> Shard | None:
         strides += [stride * (ranges[-1][0] - ranges[-2][0]) if len(ranges) > 1 else 0, stride]
     shard = Shard(first, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
     return None if shard.is_range and first == 0 else shard
+
+
+def row_place(rows: int, cuts: Sequence[Cut]) -> RowPlace:
+    """Return which rows are left after cuts that are all of rows. Raises as `shard_of`."""
+    _check_even(rows, tuple([(cut.parts, cut.deal) for cut in cuts]))
+    ranges = ranges_of(rows, cuts)
+    if not ranges:
+        return RowPlace(0, 1, 0)
+    return RowPlace(*ranges[0], ranges[1][0] - ranges[0][0] if len(ranges) > 1 else 0)
 
 
 def cut_out(whole: Tensor, cuts: Sequence[Cut]) -> Tensor:

@@ -16,9 +16,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lowmem_kernels.shards import RowPieces, Shard
+from lowmem_kernels.pieces import RowPieces
 
-from .cuts import Cut, cut_out, local_shape, shard_of
+from .cuts import Cut, cut_out, local_shape, row_place, shard_of
 
 
 def is_sharded(tensor: object) -> bool:
@@ -97,17 +97,19 @@ def process_group(mesh: Any, dims: Iterable[int] | None = None) -> Any:
     return _group_of(tuple(sorted(ranks.flatten().tolist())))
 
 
-def row_pieces(params: Sequence[Any], shards: Sequence[Shard | None]) -> RowPieces | None:
+def row_pieces(params: Sequence[Any]) -> RowPieces | None:
     """Return how the rows of DTensors are spread over processes; None where anything else but rows is cut.
 
-    They have the same mesh, placements and number of dimensions; ``shards`` are `shard_of` each.
+    They have the same mesh, placements and number of dimensions.
     """
     first = params[0]
     dims = cut_dims(first)
     if first.ndim < 2 or any(first.placements[i].dim != first.ndim - 2 for i in dims):
         return None
+    rows = [param.shape[-2] for param in params]
+    places = [row_place(n, cuts_of(param)) for n, param in zip(rows, params, strict=True)]
     total = partial(dist.all_reduce, group=process_group(first.device_mesh, dims))
-    return RowPieces(tuple([param.shape[-2] for param in params]), tuple(shards), total)
+    return RowPieces(tuple(rows), tuple(places), total)
 
 
 def moved_placements(param: Any, dims: Sequence[int | None]) -> tuple[Any, ...]:

@@ -11,7 +11,7 @@ from factored_pieces import (
     each_dialect,
 )
 from lowmem_kernels.factored import FactoredRule, factored_update_
-from lowmem_kernels.shards import RowPieces
+from lowmem_kernels.pieces import RowPieces, RowPlace
 
 
 @each_dialect
@@ -27,27 +27,29 @@ def test_noise_is_that_of_the_whole(dialect, rows, shapes):
 
 
 @each_dialect
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
-def test_bad_rows_stop_all(dialect, transform):
-    assert_bad_rows_stop_all(dialect, "torch", **transform)
+def test_bad_rows_stop_all(dialect, transform, bad):
+    """Of which a clamp would hide an Inf."""
+    assert_bad_rows_stop_all(dialect, bad, "torch", **transform)
 
 
 def test_refusals():
     p = [torch.ones(4, 3)]
     lists = (p, p, [torch.zeros(4)], [torch.zeros(3)], [torch.zeros(())])
 
-    def update(rows, shards, lists=lists, **rule):
-        pieces = RowPieces(rows, shards, lambda vector: None)
+    def update(rows, places=1, lists=lists, **rule):
+        pieces = RowPieces(rows, (RowPlace(0, 4, 0),) * places, lambda vector: None)
         factored_update_(*lists, lr=1e-3, weight_decay=0.0, rule=FactoredRule(**rule), pieces=pieces)
 
     with pytest.raises(ValueError, match=r"pieces.rows has 2 entries; allowed: 1"):
-        update((4, 4), (None,))
-    with pytest.raises(ValueError, match=r"pieces.shards has 0 entries; allowed: 1"):
-        update((4,), ())
+        update((4, 4))
+    with pytest.raises(ValueError, match=r"pieces.places has 0 entries; allowed: 1"):
+        update((4,), 0)
     with pytest.raises(ValueError, match=r"params\[0\] has shape \(4, 3\) and pieces.rows\[0\] is 3"):
-        update((3,), (None,))
+        update((3,))
     with pytest.raises(ValueError, match=r"rule.eps_floor is True and there are pieces"):
-        update((4,), (None,), eps_floor=True)
+        update((4,), eps_floor=True)
     v = [torch.ones(4)]
     with pytest.raises(ValueError, match=r"params\[0\] has shape \(4,\)"):
-        update((4,), (None,), lists=(v, v, [torch.zeros(4)], [None], [torch.zeros(())]))
+        update((4,), lists=(v, v, [torch.zeros(4)], [None], [torch.zeros(())]))

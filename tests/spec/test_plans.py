@@ -115,4 +115,6 @@ def test_what_is_read_again_soon_is_small():
     (tickets,) = {row["tickets"] for row in rows_of(together)}
     applied = phases_of(together)
     assert per_bundle == 2
-    assert applied[: applied.index(1)].count(0) == per_bundle * tickets + min(66, per_bundle * tickets)
+    assert applied[: applied.index(PHASES.index("columns"))].count(0) == per_bundle * tickets + min(
+        66, per_bundle * tickets
+    )

@@ -21,6 +21,7 @@ from .constants import (
     GROUPS,
     KEY,
     LOOK_COLUMNS,
+    LOOK_SUMS,
     NEW_COL,
     NEW_ROW,
     OK,
@@ -34,14 +35,14 @@ from .constants import (
     TICKETS,
     UPDATE_SUM,
 )
-from .look import end_step, finish, finish_columns, floor_tile, look_or_columns
+from .look import end_step, finish, finish_columns, floor_tile, look_or_columns, write_param_sum
 from .moment import col_scales, factored_scale, full_moment, keep_columns, row_scales, weight_of
-from .walk import matrices_of, matrix, offsets, rows_of, scalar, tile, widths
+from .walk import matrices_of, matrix, offsets, places_in_whole, rows_of, scalar, tile, widths
 
 
 @triton.jit
 def _apply_tile(
-    at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1,
+    at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1, PIECES: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, MOMENTUM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
@@ -86,7 +87,7 @@ def _apply_tile(
                     col_scale = col_scales(at, e, cols, m, COL_SCALE)
                     scale = factored_scale(row_scale, col_scale, eps, EPS_FLOOR)
                 update = step_size * (g * scale)
-                row_starts = start + rows.to(tl.int64)[:, None] * m
+                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
                 if MOMENTUM:
                     m_ptrs = m_ptr + start + index
                     old_m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)
@@ -104,7 +105,7 @@ def _apply_tile(
 
 @triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters"])
 def _factored_kernel(
-    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, sums_ptr, skipped_ptr, found_inf,
     segments_start, rows_start, first_ticket, owners, counters,
     lr, weight_decay, beta2_weight, decay_rate, eps1, eps2, clip_threshold, one_minus_beta1,
     scale, inv_scale, clip_value, clip_coef,
@@ -136,7 +137,7 @@ def _factored_kernel(
     wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
         look_or_columns(
-            at, phase, ticket, address_ptr, param_sum_ptr, gradient, moments,
+            at, phase, ticket, address_ptr, param_sum_ptr, sums_ptr, gradient, moments,
             PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, EPS_FLOOR, SCALE_PARAMETER, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
     if EPS_FLOOR:
@@ -155,15 +156,19 @@ def _factored_kernel(
             key = field(at, KEY)
             keys = (stream_key(key, step, 0), stream_key(key, step, 1))
             _apply_tile(
-                at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1,
+                at, ticket, pointers, param_sum_ptr, keys, gradient, moments, one_minus_beta1, sums_ptr is not None,
                 PARAM, STATE, ALIGNED, STRIDED, STOCHASTIC, SKIP_NONFINITE, EPS_FLOOR, MOMENTUM, BLOCK_ROWS, BLOCK_COLS,
             )  # fmt: skip
 
     if arrive(counters_ptr, segment_ptr):
+        if SCALE_PARAMETER and sums_ptr is not None:
+            if phase == LOOK_SUMS:
+                write_param_sum(at, param_sum_ptr, sums_ptr)
         if phase == LOOK_COLUMNS:
             finish_columns(
-                at, step, param_sum_ptr, hyper, EPS_FLOOR, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE
-            )
+                at, step, param_sum_ptr, sums_ptr, hyper,
+                EPS_FLOOR, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE,
+            )  # fmt: skip
         if EPS_FLOOR:
             if phase == FLOOR:
                 if scalar(at, FELT) > 0.0:

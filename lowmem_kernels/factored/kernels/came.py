@@ -18,6 +18,7 @@ from .constants import (
     GROUPS,
     KEY,
     LOOK_COLUMNS,
+    MATRICES,
     NEW_COL,
     NEW_ROW,
     OK,
@@ -29,20 +30,22 @@ from .constants import (
     RES_ROW,
     RES_ROW_COLUMN,
     RES_SCALE,
+    RES_SUMS_START,
     RESIDUAL,
     RESIDUAL_COLUMNS,
+    RESIDUAL_SUMS,
     ROW_COLUMN,
     ROW_MEAN,
     ROW_SUM,
+    ROWS,
     SLAB,
     SLAB_TICKETS,
     SLAB_WIDTH,
     STEP_COLUMN,
     STEP_SIZE,
     M,
-    N,
 )
-from .look import end_step, finish_columns, look_or_columns
+from .look import end_step, finish_columns, look_or_columns, sums_tile
 from .moment import (
     col_scales,
     factored_scale,
@@ -51,12 +54,12 @@ from .moment import (
     row_scales,
     safe_rsqrt,
 )
-from .walk import matrices_of, matrix, offsets, rows_of, scalar, tile, widths
+from .walk import matrices_of, matrix, offsets, places_in_whole, rows_of, scalar, tile, widths
 
 
 @triton.jit
 def _residual_tile(
-    at, ticket, pointers, key, gradient, moments, weight1, weight3, eps2,
+    at, ticket, pointers, key, gradient, moments, weight1, weight3, eps2, PIECES: tl.constexpr,
     STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +98,7 @@ def _residual_tile(
                 u = clip * (g * scale)
                 old_m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
                 new_m = lerp(old_m, u, weight1)
-                row_starts = start + rows.to(tl.int64)[:, None] * m
+                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
                 stored = rounded(new_m, key, row_starts, cols[None, :], STATE, STOCHASTIC)
                 tl.store(m_ptr + start + index, stored, mask=mask)
                 s = (u - new_m) * (u - new_m)  # outside the mask all of it is 0
@@ -116,9 +119,9 @@ def _residual_tile(
 
 
 @triton.jit
-def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
+def residual_columns_tile(at, ticket, res_col_ptr, sums_ptr, weight3, eps2):
     """A slab of columns of CAME's residual, or some small matrices. Writes the new Cs and mean(Rs)."""
-    n = field32(at, N)
+    n = field32(at, ROWS)
     m = field32(at, M)
     groups = field32(at, GROUPS)
     first, end = matrices_of(at, ticket, SLAB_TICKETS)
@@ -127,11 +130,18 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
     for i in range(first, end):
         e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
         if first_col == 0:
-            tl.store(scratch(at, RES_MEAN) + e, sum_of(scratch(at, ROW_SUM) + e * groups, groups) / n)
+            if sums_ptr is None:
+                sum_rs = sum_of(scratch(at, ROW_SUM) + e * groups, groups)
+            else:
+                sum_rs = tl.load(sums_ptr + field(at, RES_SUMS_START) + field(at, MATRICES) * m + e)
+            tl.store(scratch(at, RES_MEAN) + e, sum_rs / n)
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_s, _none = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, False)
+            if sums_ptr is None:
+                sum_s, _none = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, False)
+            else:
+                sum_s = tl.load(sums_ptr + field(at, RES_SUMS_START) + e * m + cols, mask=cols < m, other=0.0)
             old_c = tl.load(res_col_ptr + e * m + cols, mask=cols < m, other=0.0)
             c = lerp(old_c, sum_s / n + eps2, weight3)
             tl.store(scratch(at, RES_COL) + e * m + cols, c, mask=cols < m)
@@ -140,7 +150,7 @@ def residual_columns_tile(at, ticket, res_col_ptr, weight3, eps2):
 
 @triton.jit
 def _confident_tile(
-    at, ticket, pointers, key, lr, decay,
+    at, ticket, pointers, key, lr, decay, PIECES: tl.constexpr,
     PARAM: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr, STOCHASTIC: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
@@ -179,14 +189,14 @@ def _confident_tile(
                 if full == 0:
                     col_scale = col_scales(at, e, cols, m, RES_SCALE)
                     update *= factored_scale(row_scale, col_scale, 0.0, False)
-                row_starts = start + rows.to(tl.int64)[:, None] * m
+                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
                 new_p = rounded(p - (lr * update + decay * p), key, row_starts, cols[None, :], PARAM, STOCHASTIC)
                 tl.store(p_ptrs, new_p, mask=mask)
 
 
 @triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters"])
 def _confidence_kernel(
-    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, sums_ptr, skipped_ptr, found_inf,
     segments_start, rows_start, first_ticket, owners, counters,
     lr, weight_decay, one_minus_beta1, one_minus_beta2, one_minus_beta3, eps1, eps2, clip_threshold,
     scale, inv_scale, clip_value, clip_coef,
@@ -218,7 +228,7 @@ def _confidence_kernel(
     wait_for_earlier(counters_ptr, segment_ptr)
     if phase <= LOOK_COLUMNS:
         look_or_columns(
-            at, phase, ticket, address_ptr, None, gradient, moments,
+            at, phase, ticket, address_ptr, None, sums_ptr, gradient, moments,
             PARAM, GRAD, ALIGNED, STRIDED, SKIP_NONFINITE, False, False, BLOCK_ROWS, BLOCK_COLS,
         )  # fmt: skip
     else:
@@ -227,26 +237,30 @@ def _confidence_kernel(
                 pointers = (column_address(address_ptr, G_COLUMN, GRAD, ALIGNED), row_factor_ptr, m_ptr, res_row_ptr)
                 _residual_tile(
                     at, ticket, pointers, stream_key(field(at, KEY), step, 1), gradient, moments,
-                    one_minus_beta1, one_minus_beta3, eps2,
+                    one_minus_beta1, one_minus_beta3, eps2, sums_ptr is not None,
                     STATE, ALIGNED, STRIDED, STOCHASTIC, SKIP_NONFINITE, BLOCK_ROWS, BLOCK_COLS,
                 )  # fmt: skip
+            if sums_ptr is not None:
+                if phase == RESIDUAL_SUMS:
+                    sums_tile(at, ticket, sums_ptr + field(at, RES_SUMS_START), False)
             if phase == RESIDUAL_COLUMNS:
-                residual_columns_tile(at, ticket, res_col_ptr, one_minus_beta3, eps2)
+                residual_columns_tile(at, ticket, res_col_ptr, sums_ptr, one_minus_beta3, eps2)
             if phase == APPLY:
                 col_ptr = column_address(address_ptr, COL_COLUMN, tl.float32, False)
                 p_ptr = column_address(address_ptr, P_COLUMN, PARAM, ALIGNED)
                 pointers = (p_ptr, row_factor_ptr, col_ptr, m_ptr, res_row_ptr, res_col_ptr)
                 _confident_tile(
                     at, ticket, pointers, stream_key(field(at, KEY), step, 0), rate, rate * weight_decay,
-                    PARAM, ALIGNED, STRIDED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLS,
+                    sums_ptr is not None, PARAM, ALIGNED, STRIDED, STOCHASTIC, BLOCK_ROWS, BLOCK_COLS,
                 )  # fmt: skip
 
     if arrive(counters_ptr, segment_ptr):
         if phase == LOOK_COLUMNS:
             # the step size is then the clip alone
             finish_columns(
-                at, step, None, (1.0, 0.0, clip_threshold, 0.0), False, "constant", False, False, SKIP_NONFINITE
-            )
+                at, step, None, sums_ptr, (1.0, 0.0, clip_threshold, 0.0),
+                False, "constant", False, False, SKIP_NONFINITE,
+            )  # fmt: skip
         if phase == APPLY:
             end_step(at, address_ptr, step, skipped_ptr)
         complete(counters_ptr, segment_ptr, owners, counters)

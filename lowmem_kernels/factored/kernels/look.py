@@ -16,6 +16,8 @@ from .constants import (
     G_COLUMN,
     GROUPS,
     LOOK,
+    LOOK_SUMS,
+    MATRICES,
     NEW_COL,
     NEW_ROW,
     NUMEL,
@@ -27,12 +29,14 @@ from .constants import (
     ROW_MEAN,
     ROW_MIN,
     ROW_SUM,
+    ROWS,
     SCALARS_START,
     SLAB,
     SLAB_TICKETS,
     SLAB_WIDTH,
     STEP_COLUMN,
     STEP_SIZE,
+    SUMS_START,
     TICKETS,
     UPDATE_SUM,
     UPDATE_SUMS,
@@ -151,13 +155,53 @@ def look_factored_tile(
 
 
 @triton.jit
-def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
+def sums_tile(at, ticket, to_ptr, BOTH: tl.constexpr):
+    """A slab of columns of a piece, or some small matrices. Writes column sums over the groups, and those of R.
+
+    ``to_ptr`` is where the parameter's sums start, which are then added up over processes. BOTH: two for each column.
+    """
+    m = field32(at, M)
+    groups = field32(at, GROUPS)
+    # a piece without rows has left no sums
+    filled = tl.where(field(at, N) > 0, groups, 0)
+    spacing = 2 * m if BOTH else m
+    first, end = matrices_of(at, ticket, SLAB_TICKETS)
+    first_col = (ticket % field32(at, SLAB_TICKETS)) * field32(at, SLAB_WIDTH)
+    end_col = tl.minimum(first_col + field32(at, SLAB_WIDTH), m)
+    for i in range(first, end):
+        e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
+        if first_col == 0:
+            sum_r = sum_of(scratch(at, ROW_SUM) + e * groups, groups)
+            tl.store(to_ptr + field(at, MATRICES) * spacing + e, sum_r)
+        partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
+        for col in range(first_col, end_col, SLAB):
+            cols = col + tl.arange(0, SLAB)
+            first_sum, second_sum = sum_groups(partial_ptr, filled, 2 * m, cols, m, SLAB, BOTH)
+            tl.store(to_ptr + e * spacing + cols, first_sum, mask=cols < m)
+            if BOTH:
+                tl.store(to_ptr + e * spacing + m + cols, second_sum, mask=cols < m)
+
+
+@triton.jit
+def sums_of(at, sums_ptr):
+    """Pointer to the sums of a piece's first look."""
+    return sums_ptr + field(at, SUMS_START)
+
+
+@triton.jit
+def param_sum_in(at, sums_ptr):
+    """Pointer to the sum of p² there."""
+    return sums_of(at, sums_ptr) + field(at, MATRICES) * (2 * field(at, M) + 1)
+
+
+@triton.jit
+def columns_tile(at, ticket, col_ptr, sums_ptr, moments, EPS_FLOOR: tl.constexpr):
     """A slab of columns, or some small matrices. Writes the new C and its 1/sqrt, mean(R), and the share of sum u².
 
-    sum_ij u² = mean(R) sum_j (sum_i g²/R_i) / C_j
+    sum_ij u² = mean(R) sum_j (sum_i g²/R_i) / C_j, of the sums of all processes where there are sums_ptr.
     """
     weight, eps = moments
-    n = field32(at, N)
+    n = field32(at, ROWS)
     m = field32(at, M)
     groups = field32(at, GROUPS)
     first, end = matrices_of(at, ticket, SLAB_TICKETS)
@@ -167,7 +211,10 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
     floored = 0.0
     for i in range(first, end):
         e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
-        mean_r = sum_of(scratch(at, ROW_SUM) + e * groups, groups) / n
+        if sums_ptr is None:
+            mean_r = sum_of(scratch(at, ROW_SUM) + e * groups, groups) / n
+        else:
+            mean_r = tl.load(sums_of(at, sums_ptr) + field(at, MATRICES) * 2 * m + e) / n
         if EPS_FLOOR:
             mean_r = tl.maximum(mean_r, eps, propagate_nan=tl.PropagateNan.ALL)
             min_r = min_of(scratch(at, ROW_MIN) + e * groups, groups)
@@ -176,7 +223,12 @@ def columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR: tl.constexpr):
         partial_ptr = scratch(at, PARTIAL) + e * groups * 2 * m
         for col in range(first_col, end_col, SLAB):
             cols = col + tl.arange(0, SLAB)
-            sum_q, weighted = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, True)
+            if sums_ptr is None:
+                sum_q, weighted = sum_groups(partial_ptr, groups, 2 * m, cols, m, SLAB, True)
+            else:
+                total_ptr = sums_of(at, sums_ptr) + e * 2 * m + cols
+                sum_q = tl.load(total_ptr, mask=cols < m, other=0.0)
+                weighted = tl.load(total_ptr + m, mask=cols < m, other=0.0)
             old_c = tl.load(col_ptr + e * m + cols, mask=cols < m, other=0.0)
             if EPS_FLOOR:
                 c = lerp(old_c, sum_q / n, weight)
@@ -267,12 +319,12 @@ def finish(
 
 @triton.jit
 def look_or_columns(
-    at, phase, ticket, address_ptr, param_sum_ptr, gradient, moments,
+    at, phase, ticket, address_ptr, param_sum_ptr, sums_ptr, gradient, moments,
     PARAM: tl.constexpr, GRAD: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     SKIP_NONFINITE: tl.constexpr, EPS_FLOOR: tl.constexpr, SCALE_PARAMETER: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr,
 ):  # fmt: skip
-    """A ticket of the two phases that all rules begin with."""
+    """A ticket of the phases that all rules begin with."""
     g_ptr = column_address(address_ptr, G_COLUMN, GRAD, ALIGNED)
     row_ptr = column_address(address_ptr, ROW_COLUMN, tl.float32, ALIGNED)
     if phase == LOOK:
@@ -295,22 +347,40 @@ def look_or_columns(
     else:
         if field(at, FULL) == 0:
             col_ptr = column_address(address_ptr, COL_COLUMN, tl.float32, False)
-            columns_tile(at, ticket, col_ptr, moments, EPS_FLOOR)
+            if sums_ptr is None:
+                columns_tile(at, ticket, col_ptr, sums_ptr, moments, EPS_FLOOR)
+            else:
+                if phase == LOOK_SUMS:
+                    sums_tile(at, ticket, sums_of(at, sums_ptr), True)
+                else:
+                    columns_tile(at, ticket, col_ptr, sums_ptr, moments, EPS_FLOOR)
 
 
 @triton.jit
 def finish_columns(
-    at, step, param_sum_ptr, hyper, EPS_FLOOR: tl.constexpr,
+    at, step, param_sum_ptr, sums_ptr, hyper, EPS_FLOOR: tl.constexpr,
     SCHEDULE: tl.constexpr, SCALE_PARAMETER: tl.constexpr, SCALE_DECAY: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
 ):  # fmt: skip
     """What the last ticket of a column phase does: all sums of u² are there."""
     squares = sum_of(scratch(at, UPDATE_SUM), field32(at, UPDATE_SUMS))
+    if sums_ptr is not None:
+        # of all processes, as if it had been carried
+        param_sum_ptr = param_sum_in(at, sums_ptr)
     finish(at, squares, step, param_sum_ptr, hyper, SCHEDULE, SCALE_PARAMETER, SCALE_DECAY, SKIP_NONFINITE)
     if EPS_FLOOR:
         felt = 0.0
         if field(at, FULL) == 0:
             felt = sum_of(scratch(at, FLOORED), field32(at, COL_TICKETS))
         tl.store(scratch(at, SCALARS_START) + FELT, felt)
+
+
+@triton.jit
+def write_param_sum(at, param_sum_ptr, sums_ptr):
+    """What the last ticket of a piece's sums does: put the sum of p² of its rows beside them."""
+    squares = carried_sum(param_sum_ptr)
+    if squares != squares:
+        squares = sum_of(scratch(at, PARAM_SUM), field32(at, TICKETS))
+    tl.store(param_sum_in(at, sums_ptr), squares)
 
 
 @triton.jit

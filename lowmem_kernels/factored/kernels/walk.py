@@ -7,6 +7,8 @@ from ...field_fragments import field, field32, scratch, walk_dims
 from .constants import (
     BATCH,
     DIMS,
+    DISTANCE,
+    FIRST_ROW,
     GRAD_STRIDES,
     GROUP_ROWS,
     GROUPS,
@@ -14,6 +16,8 @@ from .constants import (
     MATRICES,
     NDIM,
     PARAM_STRIDES,
+    ROWS,
+    RUN,
     SCALARS_START,
     M,
     N,
@@ -87,6 +91,14 @@ def offsets(at, rows, cols, m, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
         return rows.to(tl.int64)[:, None] * row_stride + cols.to(tl.int64)[None, :] * col_stride
     else:
         return rows.to(tl.int64)[:, None] * m + cols[None, :]
+
+
+@triton.jit
+def places_in_whole(at, e, rows, m, PIECES: tl.constexpr):
+    """Index in the whole parameter of the first element of each of these rows of matrix e, on which noise depends."""
+    if PIECES:
+        rows = field(at, FIRST_ROW) + (rows // field32(at, RUN)) * field(at, DISTANCE) + rows % field32(at, RUN)
+    return (e.to(tl.int64) * field(at, ROWS) + rows) * m
 
 
 @triton.jit

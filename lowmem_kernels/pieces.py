@@ -1,0 +1,79 @@
+"""Matrices in pieces, some rows in each of several processes, and the sums over processes that verbs take."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .shards import Shard
+from .table import collapse
+
+#: Adds up a float32 vector over processes, in place. Each of them calls it with a vector of the same length, and all
+#: get the same bits.
+Sum = Callable[[Tensor], object]
+
+
+class RowPlace(NamedTuple):
+    """Some rows of a matrix: runs of the same length and distance from ``first`` on, as many as there are rows."""
+
+    first: int
+    run: int
+    distance: int
+
+
+@dataclass(frozen=True)
+class RowPieces:
+    """Matrices of which each of several processes has some rows, and calls the verb with those.
+
+    All processes call the verb with the same matrices in the same order, and call each sum, whether they have rows or
+    not. State that belongs to rows has the rows that are here; what belongs to columns, or to all of a matrix, is equal
+    in all processes before and after.
+
+    Attributes:
+        rows: of each whole parameter, its dimension before the last.
+        places: which of them are here.
+        all_reduce: the sum over the processes.
+    """
+
+    rows: tuple[int, ...]
+    places: tuple[RowPlace, ...]
+    all_reduce: Sum
+
+    def shard(self, i: int, shape: Sequence[int]) -> Shard | None:
+        """Return which elements of the whole parameter i has, whose shape here this is; None: some of the first."""
+        *outer, n, m = shape
+        first, run, distance = self.places[i]
+        if math.prod(shape) == 0:
+            return None
+        sizes = [math.prod(outer), n // run, run, m]
+        strides = [self.rows[i] * m, distance * m, m, 1]
+        shard = Shard(first * m, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
+        return None if shard.is_range and first == 0 else shard
+
+
+def lockstep(updates: Iterable[Iterator[Tensor]], pieces: RowPieces | None) -> None:
+    """Run updates that yield float32 vectors where they need them summed over processes.
+
+    Without pieces one after the other, and the vectors are complete as they are. With them all together: those that
+    they yield next are summed as one, in place.
+    """
+    if pieces is None:
+        for update in updates:
+            for _ in update:
+                pass
+        return
+    running = list(updates)
+    while running:
+        waiting = [(update, vector) for update in running if (vector := next(update, None)) is not None]
+        running = [update for update, _ in waiting]
+        if waiting:
+            total = torch.cat([vector.flatten() for _, vector in waiting])
+            pieces.all_reduce(total)
+            parts = total.split([vector.numel() for _, vector in waiting])
+            for (_, vector), part in zip(waiting, parts, strict=True):
+                vector.copy_(part.view(vector.shape))
