@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
 from .shards import Shard
 from .table import collapse
+
+T = TypeVar("T")
 
 #: Adds up a float32 vector over processes, in place. Each of them calls it with a vector of the same length, and all
 #: get the same bits.
@@ -54,6 +56,16 @@ class RowPieces:
         strides = [self.rows[i] * m, distance * m, m, 1]
         shard = Shard(first * m, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
         return None if shard.is_range and first == 0 else shard
+
+
+def complete(update: Generator[Tensor, None, T]) -> T:
+    """Return what comes of an update whose sums are complete as they are."""
+    try:
+        while True:
+            next(update)
+    except StopIteration as end:
+        result: T = end.value
+        return result
 
 
 def lockstep(updates: Iterable[Iterator[Tensor]], pieces: RowPieces | None) -> None:

@@ -7,7 +7,7 @@ from factored_buckets import CAME, RULES
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.factored import confidence_update_, factored_update_
 from lowmem_kernels.numerics import parity_tolerance
-from pieces import Rows, together
+from pieces import Rows, random_tensors, together
 
 STEPS = 3
 
@@ -22,11 +22,6 @@ each_cut = pytest.mark.parametrize(
 )  # fmt: skip
 
 
-def tensors(shapes, dtype, seed):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
-
-
 class Run:
     """Parameters with their states, in one process, which has all rows of them or some."""
 
@@ -34,7 +29,7 @@ class Run:
         self.options = dict(DIALECTS[dialect])
         self.is_came = dialect == "came"
         self.cut = cut
-        self.params = [cut(p, -2) for p in tensors(shapes, dtype, 0)]
+        self.params = [cut(p, -2) for p in random_tensors(shapes, dtype, 0)]
         moment = dtype if dtype is torch.bfloat16 else torch.float32
         self.exp_avgs = [torch.zeros_like(p, dtype=moment) for p in self.params]
         rows = [cut(torch.zeros(s[:-1]), -1) for s in shapes]
@@ -68,37 +63,27 @@ def runs(dialect, rows, shapes, dtype, backend, change=lambda step, grads: grads
     """(the run of one process, those of several, their meetings)."""
     whole = Run(dialect, shapes, dtype)
     for step in range(STEPS):
-        whole.step(change(step, tensors(shapes, dtype, step + 1)), backend, **transform)
+        whole.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, **transform)
 
     def work(rank, meetings):
         run = Run(dialect, shapes, dtype, lambda tensor, dim: rows.piece(rank, tensor, dim))
         pieces = rows.of(rank, shapes, meetings)
         for step in range(STEPS):
-            run.step(change(step, tensors(shapes, dtype, step + 1)), backend, pieces, **transform)
+            run.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, pieces, **transform)
         return run
 
     return whole, *together(rows.processes, work)
 
 
-def gathered(rows, processes, like, dim):
-    """A tensor that is cut along a dimension, put together from what processes have of it."""
-    whole = torch.empty_like(like)
-    places = torch.arange(like.shape[dim])
-    for rank, part in enumerate(processes):
-        here = rows.piece(rank, places, 0)
-        whole.index_copy_(dim, here, part) if dim >= 0 else whole.index_copy_(like.ndim + dim, here, part)
-    return whole
-
-
 def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):
     """In float32, of all tensors, within what two orders of summation may differ by; and one or two sums in a step."""
     whole, several, meetings = runs(dialect, rows, shapes, torch.float32, backend)
-    for i, start in enumerate(tensors(shapes, torch.float32, 0)):
-        found = gathered(rows, [run.params[i] for run in several], whole.params[i], -2)
+    for i, start in enumerate(random_tensors(shapes, torch.float32, 0)):
+        found = rows.gathered([run.params[i] for run in several], whole.params[i], -2)
         assert (found - whole.params[i]).norm() <= parity_tolerance(start, whole.params[i], STEPS), i
         row_like, col_like = whole.factors[::2], whole.factors[1::2]
         for k, factor in enumerate(row_like):
-            found = gathered(rows, [run.factors[2 * k][i] for run in several], factor[i], -1)
+            found = rows.gathered([run.factors[2 * k][i] for run in several], factor[i], -1)
             torch.testing.assert_close(found, factor[i], rtol=3e-6, atol=1e-9)
         for k, factor in enumerate(col_like):
             for run in several:
@@ -127,8 +112,8 @@ def assert_bad_rows_stop_all(dialect, bad, backend, **transform):
     for run in (whole, *several):
         assert [int(s) for s in run.steps] == [STEPS - 1, STEPS]
         assert int(run.skipped) == 1
-    found = gathered(rows, [run.params[0] for run in several], whole.params[0], -2)
-    start = tensors(shapes, torch.float32, 0)[0]
+    found = rows.gathered([run.params[0] for run in several], whole.params[0], -2)
+    start = random_tensors(shapes, torch.float32, 0)[0]
     assert (found - whole.params[0]).norm() <= parity_tolerance(start, whole.params[0], STEPS)
 
 
@@ -139,7 +124,7 @@ def assert_noise_is_that_of_the_whole(dialect, rows, shapes, backend):
     for i in range(len(shapes)):
         for name in ("params", "exp_avgs"):
             expected = getattr(whole, name)[i]
-            found = gathered(rows, [getattr(run, name)[i] for run in several], expected, -2)
+            found = rows.gathered([getattr(run, name)[i] for run in several], expected, -2)
             differ += int((found != expected).sum())
             total += expected.numel()
     assert differ <= 3e-4 * total, (differ, total)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from lowmem_kernels.pieces import RowPieces, Sum
@@ -81,6 +82,12 @@ def together(processes: int, work: Callable[[int, Meetings], Any]) -> tuple[list
     return results, meetings
 
 
+def random_tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[Tensor]:
+    """Normal numbers of these shapes."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+
+
 @dataclass(frozen=True)
 class Rows:
     """Into how many parts the rows of matrices are cut, each part in another process.
@@ -97,6 +104,14 @@ class Rows:
     def piece(self, rank: int, whole: Tensor, dim: int = -2) -> Tensor:
         """What a process has of a tensor that is cut along a dimension, in memory of its own."""
         return cut_out(whole, self.cuts(rank, dim % whole.ndim)).clone()
+
+    def gathered(self, parts: Sequence[Tensor], like: Tensor, dim: int = -2) -> Tensor:
+        """What `piece` has cut along a dimension, put together again."""
+        whole = torch.empty_like(like)
+        places = torch.arange(like.shape[dim])
+        for rank, part in enumerate(parts):
+            whole.index_copy_(dim % like.ndim, self.piece(rank, places, 0), part)
+        return whole
 
     def of(self, rank: int, shapes: Sequence[Sequence[int]], meetings: Meetings) -> RowPieces:
         """As a process hands it to a verb."""

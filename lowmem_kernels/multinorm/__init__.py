@@ -30,6 +30,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces
 from .checks import check_apply, check_grads, check_rule, check_update
 from .rule import NormRule
 
@@ -45,6 +46,7 @@ def sinkhorn_update_(
     weight_decay: float,
     rule: NormRule,
     exp_avgs: Sequence[Tensor] | None = None,
+    pieces: RowPieces | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -64,6 +66,9 @@ def sinkhorn_update_(
         rule: norms, scale and momentum.
         exp_avgs: M, of the parameters' shapes, float32 or the parameters' bfloat16, contiguous, written; given if and
             only if ``rule.momentum`` is not 0.
+        pieces: how rows are spread over processes, None where they are all here; for matrices, and stacks unless
+            ``rule.conv``. One sum of m numbers for each matrix and norm of columns; of one number for "frobenius", and
+            for ``row_threshold``.
         transform: scaling, clipping, sign and non-finite policy of the gradient. Without ``eps`` and ``clip_value`` a
             scale of the gradient changes nothing.
         rounding: how bfloat16 results are rounded; p is stream 0, M stream 1.
@@ -79,10 +84,11 @@ def sinkhorn_update_(
     Source: Scetbon et al., "Gradient Multi-Normalization for Stateless and Scalable LLM Training" (arXiv 2502.06742),
     algorithms 1 to 4.
     """
-    check_update(params, grads, steps, rule, exp_avgs)
+    check_update(params, grads, steps, rule, exp_avgs, pieces)
     implementation(__name__, backend, (*params[:1], *grads[:1])).sinkhorn_update_(
         params, grads, steps,
-        lr=lr, weight_decay=weight_decay, rule=rule, exp_avgs=exp_avgs, transform=transform, rounding=rounding,
+        lr=lr, weight_decay=weight_decay, rule=rule, exp_avgs=exp_avgs, pieces=pieces,
+        transform=transform, rounding=rounding,
     )  # fmt: skip
 
 

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import check_gradients, check_list, check_params, state_dtypes
+from ..checks import check_gradients, check_list, check_params, check_pieces, state_dtypes
 from ..numerics import PARAM_DTYPES
+from ..pieces import RowPieces
 from ..tensors import remembered
 from .rule import NORMS, NormRule, steps_of
 
@@ -43,6 +44,7 @@ def check_update(
     steps: Sequence[Tensor],
     rule: NormRule,
     exp_avgs: Sequence[Tensor] | None,
+    pieces: RowPieces | None,
 ) -> None:
     """Raise ValueError or TypeError where the arguments of `sinkhorn_update_` do not fit together."""
     check_rule(rule)
@@ -54,11 +56,17 @@ def check_update(
 
     def check_state() -> None:
         check_params(params, steps)
+        check_pieces(params, pieces)
+        for i, param in enumerate(params if pieces is not None and rule.conv else ()):
+            if param.ndim > 2:
+                raise ValueError(
+                    f"params[{i}] has {param.ndim} dimensions and rule.conv is True; allowed with pieces: 2"
+                )
         if exp_avgs is not None:
             check_list("exp_avgs", exp_avgs, [p.shape for p in params], params[0].device, state_dtypes(params))
 
     check_gradients(params, grads)
-    remembered([params, steps, exp_avgs], "check_multinorm", check_state)
+    remembered([params, steps, exp_avgs], ("check_multinorm", rule.conv, pieces), check_state)
 
 
 def check_apply(

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces
 from ..schedules import geometries_of, launch_schedule
 from ..table import addresses, starts_aligned, strides_of
 from ..tensors import remembered
@@ -61,10 +62,13 @@ def sinkhorn_update_(
     weight_decay: float,
     rule: NormRule,
     exp_avgs: Sequence[Tensor] | None = None,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.multinorm.sinkhorn_update_`: one launch for each route that occurs."""
+    if pieces is not None:
+        raise ValueError("backend is 'triton' and there are pieces; allowed: one of them")
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": exp_avgs}
     _launch(
         columns, rule, transform, rounding,

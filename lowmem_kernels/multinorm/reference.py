@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +11,9 @@ from torch import Tensor
 from ..blocks import Scratch, found_inf, read_gradient, row_blocks, store_, sum_is_finite
 from ..lines import as_matrices
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces, complete, lockstep
 from ..rounding import stream_key
+from ..shards import Shard
 from .checks import vector_shapes
 from .rule import TINY, NormRule, Sweep, keeps_elements, steps_of, sweeps_of
 
@@ -26,6 +28,7 @@ def sinkhorn_update_(
     weight_decay: float,
     rule: NormRule,
     exp_avgs: Sequence[Tensor] | None = None,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -33,17 +36,22 @@ def sinkhorn_update_(
     if found_inf(transform):
         return
     lr, keeps = float(lr), keeps_elements(rule)
-    for i, key in enumerate(rounding.keys(len(params))):
+    keys, scratch = rounding.keys(len(params)), Scratch(3)
+
+    def update(i: int) -> Iterator[Tensor]:
         param, exp_avg = params[i], None if exp_avgs is None else exp_avgs[i]
-        x = _X(grads[i], rule, transform, exp_avg)
-        rows, cols, finite = x.scales()
+        x = _X(grads[i], rule, transform, exp_avg, scratch, None if pieces is None else pieces.rows[i])
+        rows, cols, finite = yield from x.scales()
         if transform.skip_nonfinite and not keeps and not finite:
             if transform.skipped is not None:
                 transform.skipped.add_(1)
-            continue
+            return
         step = int(steps[i].add_(1))
-        update = _Update(rows, cols, lr * rule.scale, lr * weight_decay, keeps, transform, rounding.stochastic)
-        update.run(param, x, exp_avg, (stream_key(key, step, 0), stream_key(key, step, 1)))
+        shard = None if pieces is None else pieces.shard(i, param.shape)
+        result = _Update(rows, cols, lr * rule.scale, lr * weight_decay, keeps, transform, rounding.stochastic, shard)
+        result.run(param, x, exp_avg, (stream_key(keys[i], step, 0), stream_key(keys[i], step, 1)))
+
+    lockstep(map(update, range(len(params))), pieces)
 
 
 @torch.no_grad()
@@ -53,7 +61,7 @@ def sinkhorn_scales(
     """As `lowmem_kernels.multinorm.sinkhorn_scales`."""
     all_rows, all_cols = [], []
     for grad in grads:
-        rows, cols, _ = _X(grad, rule, transform, None).scales()
+        (rows, cols, _) = complete(_X(grad, rule, transform, None, Scratch(3)).scales())
         row_shape, col_shape = vector_shapes(grad, rule.conv)
         all_rows.append(rows.reshape(row_shape))
         all_cols.append(cols.reshape(col_shape))
@@ -82,30 +90,40 @@ def rank1_apply_(
         return
     lr, rule = float(lr), NormRule(norms=("sign",) if sign else ("row",), conv=conv)
     for i, key in enumerate(rounding.keys(len(params))):
-        x = _X(grads[i], rule, transform, None)
+        x = _X(grads[i], rule, transform, None, Scratch(3))
         step = int(steps[i].add_(1))
         rows, cols = x.row_vector(row_scales[i]), x.col_vector(col_scales[i])
         offsets = None
         if row_offsets is not None and col_offsets is not None:
             offsets = x.row_vector(row_offsets[i]), x.col_vector(col_offsets[i])
-        update = _Update(rows, cols, lr, lr * weight_decay, True, transform, rounding.stochastic, offsets)
+        update = _Update(rows, cols, lr, lr * weight_decay, True, transform, rounding.stochastic, None, offsets)
         update.run(params[i], x, None, (stream_key(key, step, 0), 0))
 
 
 class _X:
     """What is normalized: the gradient, with its momentum and sign, as E matrices n x m, read block by block.
 
-    What belongs to rows is [E, n, 1] here and what belongs to columns [E, 1, m].
+    What belongs to rows is [E, n, 1] here and what belongs to columns [E, 1, m]. ``whole_rows`` are those of the whole
+    where only some are here.
     """
 
-    def __init__(self, grad: Tensor, rule: NormRule, transform: GradTransform, exp_avg: Tensor | None) -> None:
-        self.rule, self.transform = rule, transform
+    def __init__(
+        self,
+        grad: Tensor,
+        rule: NormRule,
+        transform: GradTransform,
+        exp_avg: Tensor | None,
+        scratch: Scratch,
+        whole_rows: int | None = None,
+    ) -> None:
+        self.rule, self.transform, self.scratch = rule, transform, scratch
         self.grad = as_matrices(grad, rule.conv)
         before = exp_avg is not None and not rule.momentum_after
         self.exp_avg = as_matrices(exp_avg, rule.conv) if before and exp_avg is not None else None
         self.matrices, self.n, self.m = self.grad.shape
+        self.in_pieces = whole_rows is not None
+        self.rows = self.n if whole_rows is None else whole_rows
         self.sign = steps_of(rule.norms).sign
-        self.scratch = Scratch(3)
 
     def row_vector(self, vector: Tensor) -> Tensor:
         """View a vector over rows so that it broadcasts."""
@@ -132,8 +150,8 @@ class _X:
             x = torch.add(x, momentum, alpha=self.rule.momentum, out=out) if self.rule.nesterov else momentum
         return (torch.where(x.isnan(), x, x.sign()) if self.sign else x), momentum
 
-    def scales(self) -> tuple[Tensor, Tensor, bool]:
-        """Return s, t and whether all sums are finite."""
+    def scales(self) -> Generator[Tensor, None, tuple[Tensor, Tensor, bool]]:
+        """Return s, t and whether all sums are finite. Yields what is to be summed over processes, see `lockstep`."""
         rows = self.grad.new_ones(self.matrices, self.n, 1, dtype=torch.float32)
         cols = self.grad.new_ones(self.matrices, 1, self.m, dtype=torch.float32)
         squares, kept, finite = torch.empty_like(rows), torch.ones_like(rows), True
@@ -151,15 +169,24 @@ class _X:
                     sums[place[0]] += torch.mul(x, rows[place], out=y).square_().sum(1, keepdim=True)
             if sweep.sums == "norms":
                 norms = squares.sqrt()
-                kept = (norms >= self.rule.row_threshold * norms.mean(1, keepdim=True)).float()
+                total, mean = norms, norms.mean(1, keepdim=True)
+                if self.in_pieces:
+                    total = norms.sum(1, keepdim=True)
+                    yield total
+                    mean = total / self.rows
+                kept = (norms >= self.rule.row_threshold * mean).float()
                 rows = kept.clone()
-                finite &= sum_is_finite(norms)
+                finite &= sum_is_finite(total)
             elif sweep.sums == "cross":
-                cols = self._scale(sums, self.n, cols)
+                if self.in_pieces:
+                    yield sums
+                cols = self._scale(sums, self.rows, cols)
                 finite &= sum_is_finite(sums)
             elif sweep.sums == "total":
                 total = (squares * rows.square()).sum(1, keepdim=True)
-                rows = rows * self._scale(total, self.n * self.m, torch.ones_like(total))
+                if self.in_pieces:
+                    yield total
+                rows = rows * self._scale(total, self.rows * self.m, torch.ones_like(total))
                 finite &= sum_is_finite(total)
         return rows, cols, finite
 
@@ -184,11 +211,12 @@ class _Update:
         keeps: bool,
         transform: GradTransform,
         stochastic: bool,
+        shard: Shard | None,
         offsets: tuple[Tensor, Tensor] | None = None,
     ) -> None:
         self.rows, self.cols, self.offsets = rows, cols, offsets
         self.rate, self.decay, self.keeps = rate, decay, keeps
-        self.transform, self.stochastic = transform, stochastic
+        self.transform, self.stochastic, self.shard = transform, stochastic, shard
 
     def run(self, param: Tensor, x: _X, exp_avg: Tensor | None, keys: tuple[int, int]) -> None:
         """Update a parameter and its momentum."""
@@ -212,7 +240,7 @@ class _Update:
             usable = self._usable(new)
             for tensor, value, key in stored:
                 value = value if usable is None else torch.where(usable, value, tensor)
-                store_(tensor, value, self.stochastic, key, start)
+                store_(tensor, value, self.stochastic, key, start, self.shard)
         if target.data_ptr() != param.data_ptr():
             param.copy_(target.view(param.shape))
 
