@@ -57,6 +57,13 @@ def walk_dims(at, first, count, index, OPERAND: tl.constexpr, OPERANDS: tl.const
 
 
 @triton.jit
+def rows_in_whole(at, rows, FIRST: tl.constexpr):
+    """Which rows of the whole these rows of a piece are, int64; fields FIRST to FIRST + 2 are a pieces.RowPlace."""
+    run = field32(at, FIRST + 1)
+    return field(at, FIRST) + (rows // run) * field(at, FIRST + 2) + rows % run
+
+
+@triton.jit
 def by_fours(x):
     """Sums of four neighbours in a row: one thread has them, and an accumulator takes a quarter of the registers."""
     return tl.sum(tl.reshape(x, (x.shape[0], x.shape[1] // 4, 4)), 2)

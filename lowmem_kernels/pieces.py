@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .shards import Shard
 from .table import collapse
+from .tickets import Order
 
 T = TypeVar("T")
 
@@ -56,6 +57,17 @@ class RowPieces:
         strides = [self.rows[i] * m, distance * m, m, 1]
         shard = Shard(first * m, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
         return None if shard.is_range and first == 0 else shard
+
+
+#: Order of the tickets of pieces: all of them take a phase in one launch, and the host adds up in between.
+TOGETHER = Order(bundle_bytes=1 << 62, ahead=0, reverse=True, phased=True)
+
+
+def advance_empty(steps: Sequence[Tensor], empty: Sequence[bool], found_inf: Tensor | None) -> None:
+    """Advance the steps of parameters that have no elements in any process, of which no kernel hears."""
+    for step, nothing in zip(steps, empty, strict=True):
+        if nothing:
+            step.add_(1 if found_inf is None else (found_inf == 0))
 
 
 def complete(update: Generator[Tensor, None, T]) -> T:

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
-from ..pieces import RowPieces
+from ..pieces import TOGETHER, RowPieces, advance_empty
 from ..schedules import Shape, geometries_of, launch_schedule
 from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
@@ -124,9 +124,6 @@ def confidence_update_(
 #: Phases after which sums of pieces are added up over processes.
 _SUMS = ("sums", "residual_sums")
 
-#: Of pieces: all of them take a phase in one launch.
-_TOGETHER = Order(bundle_bytes=1 << 62, ahead=0, reverse=True, phased=True)
-
 
 def _launch(
     kernel: Any,
@@ -163,11 +160,8 @@ def _launch(
             prepared(schedule)(sums_ptr=None)
     else:
         places, sizes = pieces_of([tuple(p.shape) for p in params], pieces, "residual" in phases)
-        schedules = _schedules(params, grads, aligned, keys, phases, _TOGETHER, places)
-        for i, place in enumerate(places):
-            if place is None:
-                # a whole without elements, of which no kernel hears
-                columns["step"][i].add_(1 if transform.found_inf is None else (transform.found_inf == 0))
+        schedules = _schedules(params, grads, aligned, keys, phases, TOGETHER, places)
+        advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
         _launch_phases([prepared(s) for s in schedules], schedules, phases, sizes, pieces, device)
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
     torch.autograd.graph.increment_version(params)

@@ -10,6 +10,14 @@ FIELDS = (
     "slab_tickets",  # closing tickets of a matrix (or of a batch) where sums over lines are added up
     "slab_width",  # places of such a ticket
     "closing_tickets",  # of the last closing phase
+    # of the whole, of which this may be a piece: lines, and which of them these are (see pieces.RowPlace)
+    "whole_lines",
+    "first_line",
+    "run",
+    "distance",
+    # of a piece, where its sums start in a vector that is added up over processes: matrices x length, or matrices
+    "cross_sums",
+    "single_sums",
     # offsets in the scratch, with what lies there
     "line_scale",  # matrices x lines
     "cross_scale",  # matrices x length

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -13,18 +13,18 @@ import triton.language as tl
 from torch import Tensor
 
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
-from ..device import device_facts
+from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
-from ..pieces import RowPieces
+from ..pieces import TOGETHER, RowPieces, advance_empty
 from ..schedules import geometries_of, launch_schedule
-from ..table import addresses, starts_aligned, strides_of
+from ..table import addresses, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
 from ..tickets import Order, plan_order
 from .checks import vector_shapes
 from .fields import COLUMNS, FIELDS
-from .kernels import _multinorm_kernel
+from .kernels import _multinorm_kernel, _multinorm_sums_kernel
 from .rule import NormRule, Sweep, keeps_elements, steps_of, sweeps_of
-from .schedule import MultinormSchedule, Route, schedules_of
+from .schedule import MultinormSchedule, Piece, Route, pieces_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,9 @@ def sinkhorn_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.multinorm.sinkhorn_update_`: one launch for each route that occurs."""
-    if pieces is not None:
-        raise ValueError("backend is 'triton' and there are pieces; allowed: one of them")
     columns = {"param": params, "grad": grads, "step": steps, "exp_avg": exp_avgs}
     _launch(
-        columns, rule, transform, rounding,
+        columns, rule, transform, rounding, pieces,
         lr=device_scalar(lr), update_scale=float(rule.scale), weight_decay=float(weight_decay),
         GIVEN=False, OFFSETS=False, KEEP=keeps_elements(rule), WRITE=True,
     )  # fmt: skip
@@ -138,7 +136,12 @@ def rank1_apply_(
 
 
 def _launch(
-    columns: dict[str, Any], rule: NormRule, transform: GradTransform, rounding: Rounding, **arguments: Any
+    columns: dict[str, Any],
+    rule: NormRule,
+    transform: GradTransform,
+    rounding: Rounding,
+    pieces: RowPieces | None = None,
+    **arguments: Any,
 ) -> list[tuple[MultinormSchedule, Tensor]]:
     """Launch over all parameters; return each schedule with its scratch."""
     params, grads, exp_avgs = columns["param"], columns["grad"], columns["exp_avg"]
@@ -151,18 +154,65 @@ def _launch(
     aligned = starts_aligned(where[:, _TILED])
     momentum = "none" if exp_avgs is None else "after" if rule.momentum_after else "before"
     keys, writes = rounding.keys(len(params)), arguments["WRITE"]
-    for schedule in _schedules(params, grads, aligned, keys, rule, writes, plan_order(facts)):
-        route, scratch = schedule.route, torch.empty(schedule.scratch, dtype=torch.float32, device=device)
-        launch_schedule(
-            _multinorm_kernel, schedule, params, where, scratch,
+
+    def prepared(schedule: MultinormSchedule, scratch: Tensor) -> Callable[..., None]:
+        route = schedule.route
+        return partial(
+            launch_schedule, _multinorm_kernel, schedule, params, where, scratch,
             momentum=float(rule.momentum), one_minus_momentum=1 - rule.momentum, eps=float(rule.eps or 0.0),
             row_threshold=float(rule.row_threshold), STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
             MOMENTUM=momentum, NESTEROV=rule.nesterov, **plan_multinorm(route, facts.warp_size).options(),
             **{**rule_arguments(rule, route), **update_arguments(params, grads, route.layout, transform, rounding),
                **arguments},
         )  # fmt: skip
-        launched.append((schedule, scratch))
+
+    if pieces is None:
+        for schedule in _schedules(params, grads, aligned, keys, rule, writes, plan_order(facts), None):
+            scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
+            prepared(schedule, scratch)(sums_ptr=None)
+            launched.append((schedule, scratch))
+        return launched
+    places, sizes = pieces_of([tuple(p.shape) for p in params], pieces)
+    advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
+    for schedule in _schedules(params, grads, aligned, keys, rule, writes, TOGETHER, places):
+        launched.append((schedule, torch.empty(schedule.scratch, dtype=torch.float32, device=device)))
+    launches = [prepared(*each) for each in launched]
+    _launch_phases(launched, launches, params, rule, sizes, pieces, transform.found_inf)
     return launched
+
+
+def _launch_phases(
+    launched: Sequence[tuple[MultinormSchedule, Tensor]],
+    launches: Sequence[Callable[..., None]],
+    params: Sequence[Tensor],
+    rule: NormRule,
+    sizes: Mapping[str, int],
+    pieces: RowPieces,
+    found_inf: Tensor | None,
+) -> None:
+    """Launch phase after phase of all schedules; after each read, add up over processes what it has left."""
+    device = params[0].device
+    counts = [torch.zeros(schedule.counters, dtype=torch.int32, device=device) for schedule, _ in launched]
+    sweeps, _ = sweeps_of(rule, "row")
+    # the last read takes sums_ptr for a sign that these are pieces
+    sums = torch.empty(1, dtype=torch.float32, device=device)
+    for k, sweep in enumerate(sweeps):
+        for launch, own in zip(launches, counts, strict=True):
+            launch(sums_ptr=sums, counts=own, phase=2 * k)
+        sums = torch.zeros(sizes[sweep.sums], dtype=torch.float32, device=device)
+        for schedule, scratch in launched:
+            tickets = schedule.launches[2 * k + 1]
+            with launching_on(device):
+                _multinorm_sums_kernel[(len(tickets),)](
+                    table_ptr=uploaded(params, schedule, schedule.values), scratch_ptr=scratch, sums_ptr=sums,
+                    found_inf=found_inf, segments_start=schedule.segments_start, rows_start=schedule.rows_start,
+                    first_ticket=tickets.start, CROSS=sweep.sums == "cross", num_warps=4, enable_fp_fusion=False,
+                )  # fmt: skip
+        pieces.all_reduce(sums)
+        for launch, own in zip(launches, counts, strict=True):
+            launch(sums_ptr=sums, counts=own, phase=2 * k + 1)
+    for launch, own in zip(launches, counts, strict=True):
+        launch(sums_ptr=sums, counts=own, phase=2 * len(sweeps))
 
 
 def rule_arguments(rule: NormRule, route: Route) -> dict[str, Any]:
@@ -210,14 +260,16 @@ def _schedules(
     rule: NormRule,
     writes: bool,
     order: Order,
+    pieces: tuple[Piece | None, ...] | None,
 ) -> tuple[MultinormSchedule, ...]:
     strides, itemsize = strides_of(params, grads), grads[0].itemsize
 
     def make() -> tuple[MultinormSchedule, ...]:
         geometries = geometries_of(params, strides)
-        return _schedules_of(geometries, tuple(aligned.tolist()), keys, rule, writes, itemsize, order)
+        return _schedules_of(geometries, tuple(aligned.tolist()), keys, rule, writes, itemsize, order, pieces)
 
-    return remembered([params], ("multinorm", strides, aligned.tobytes(), keys, rule, writes, itemsize, order), make)
+    what = ("multinorm", strides, aligned.tobytes(), keys, rule, writes, itemsize, order, pieces)
+    return remembered([params], what, make)
 
 
 # for plain lists, of which nothing is remembered

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims, matrix_shape
+from ..pieces import RowPieces, RowPlace
 from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
 from ..tickets import Order, Stage
@@ -60,11 +61,52 @@ class Route(NamedTuple):
     whole: bool = False
 
 
+class Piece(NamedTuple):
+    """What a schedule has to know of a parameter of which only some rows are here.
+
+    rows: of the whole. place: which of them are here. cross_sums, single_sums: where its sums of columns, or of
+    matrices, start in the vector of all.
+    """
+
+    rows: int
+    place: RowPlace
+    cross_sums: int
+    single_sums: int
+
+
+def pieces_of(shapes: Sequence[tuple[int, ...]], pieces: RowPieces) -> tuple[tuple[Piece | None, ...], dict[str, int]]:
+    """Return what schedules have to know of parameters in pieces, and the numbers of a sum, "cross" or other.
+
+    ``shapes`` are those of what is here. None stands for a parameter that has no elements in any process.
+    """
+    found: list[Piece | None] = []
+    cross = single = 0
+    for (*outer, _n, m), rows, place in zip(shapes, pieces.rows, pieces.places, strict=True):
+        matrices = math.prod(outer)
+        if matrices * rows * m == 0:
+            found.append(None)
+            continue
+        found.append(Piece(rows, place, cross, single))
+        cross += matrices * m
+        single += matrices
+    return tuple(found), {"cross": cross, "norms": single, "total": single}
+
+
 @dataclass(frozen=True, eq=False)
 class MultinormSchedule(Schedule):
     """Parameters of one launch, and how they are looked at."""
 
     route: Route
+
+
+def route_of_piece(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
+    """Return how some rows of a parameter are looked at: by rows, which are whole."""
+    m = geometry.shape[-1]
+    transposed = is_transposed(geometry, conv=False)
+    if geometry.strides is not None and not transposed:
+        return _route(Layout(False, True), True, True, m, rule)
+    along = geometry.shape[-2] if transposed else m
+    return _route(Layout(aligned and along % 8 == 0 and not transposed, False), True, not transposed, m, rule)
 
 
 def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = True) -> Route:
@@ -135,6 +177,7 @@ def schedules_of(
     writes: bool,
     itemsize: int,
     order: Order,
+    pieces: Sequence[Piece | None] | None = None,
 ) -> tuple[MultinormSchedule, ...]:
     """Return the schedules of a list of parameters: one for each route that occurs.
 
@@ -146,19 +189,25 @@ def schedules_of(
         writes: whether parameters are written, or only scales, which takes no matrix as a whole.
         itemsize: bytes of a gradient's element.
         order: of the tickets.
+        pieces: what there is to know of parameters in pieces, None for those that have no elements at all; a phase is
+            then one launch of all of them.
     """
     kinds: dict[Route, list[int]] = {}
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
-        kinds.setdefault(route_of(geometry, starts_aligned, rule, writes), []).append(i)
+        if pieces is None:
+            kinds.setdefault(route_of(geometry, starts_aligned, rule, writes), []).append(i)
+        elif pieces[i] is not None:
+            kinds.setdefault(route_of_piece(geometry, starts_aligned, rule), []).append(i)
+    limit = SCRATCH_BYTES if pieces is None else 1 << 62
     schedules = []
     for route, members in kinds.items():
         sweeps = () if route.whole else sweeps_of(rule, "row" if route.rows else "col")[0]
-        rows = [_Row(geometries[i], route, sweeps, rule.conv) for i in members]
+        rows = [_Row(geometries[i], route, sweeps, rule.conv, None if pieces is None else pieces[i]) for i in members]
         # without sweeps nothing waits for anything, shared scratch included
         bundling = order if sweeps else replace(order, bundle_bytes=1 << 62)
         frees = max(0, 2 * len(sweeps) - 1)
         member_keys = [keys[i] for i in members]
-        schedule = schedule_of(members, rows, member_keys, itemsize, frees, bundling, SCRATCH_BYTES)
+        schedule = schedule_of(members, rows, member_keys, itemsize, frees, bundling, limit)
         schedules.append(MultinormSchedule(**vars(schedule), route=route))
     return tuple(schedules)
 
@@ -168,12 +217,15 @@ class _Row(Row):
 
     names = FIELDS
 
-    def __init__(self, geometry: Geometry, route: Route, sweeps: Sequence[Sweep], conv: bool) -> None:
+    def __init__(
+        self, geometry: Geometry, route: Route, sweeps: Sequence[Sweep], conv: bool, piece: Piece | None
+    ) -> None:
         matrices, n, m = matrix_shape(geometry.shape, conv)
         lines, length = (n, m) if route.rows else (m, n)
         numel = matrices * lines * length
-        if not numel:
+        if not numel and piece is None:
             matrices, lines = 1, 0
+        whole = Piece(lines, RowPlace(0, max(lines, 1), 0), 0, 0) if piece is None else piece
         cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS)
         shares = cut.tickets // cut.groups
         slabs = max(1, -(-length // SLAB)) if cut.batch == 1 else 1
@@ -202,6 +254,12 @@ class _Row(Row):
             "slab_tickets": slabs,
             "slab_width": SLAB if slabs > 1 else max(length, 1),
             "closing_tickets": self._closing[-1] if sweeps else 0,
+            "whole_lines": whole.rows,
+            "first_line": whole.place.first,
+            "run": whole.place.run,
+            "distance": whole.place.distance,
+            "cross_sums": whole.cross_sums,
+            "single_sums": whole.single_sums,
             **counts,
         }
         super().__init__(numel, partial, sizes, fields, dims, starts)

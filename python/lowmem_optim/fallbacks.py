@@ -52,4 +52,5 @@ def fallback_update_(bucket: Bucket, lr: float | Tensor) -> None:
         rows, cols = second_moments(bucket)
         factored_update_(params, grads, rows, cols, steps, rule=ADAFACTOR, pieces=bucket.pieces(), **common)
     else:
-        sinkhorn_update_(params, grads, steps, rule=TABLE, exp_avgs=bucket.state("exp_avg"), **common)
+        exp_avgs = bucket.state("exp_avg")
+        sinkhorn_update_(params, grads, steps, rule=TABLE, exp_avgs=exp_avgs, pieces=bucket.pieces(), **common)

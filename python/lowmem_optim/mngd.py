@@ -143,6 +143,10 @@ class MNGD(RoutedOptimizer):
             conv=group["stacks"] == "conv",
         )
 
+    def takes_pieces_of_matrices(self, bucket: Bucket) -> bool:
+        flat = bucket.group["stacks"] != "conv" or bucket.params[0].ndim == 2
+        return flat and "spectral" not in bucket.group["norms"] and bucket.pieces() is not None
+
     def update_matrices(self, bucket: Bucket) -> None:
         group = bucket.group
         arguments = {
@@ -162,7 +166,7 @@ class MNGD(RoutedOptimizer):
             spectral_update_(params, grads, steps, whitening=whitening, **arguments)
         else:
             exp_avgs = bucket.state("exp_avg") if group["momentum"] else None
-            sinkhorn_update_(params, grads, steps, exp_avgs=exp_avgs, **arguments)
+            sinkhorn_update_(params, grads, steps, exp_avgs=exp_avgs, pieces=bucket.pieces(), **arguments)
 
 
 NORMS = ("row", "col", "frobenius", "sign", "spectral")

@@ -84,7 +84,13 @@ class RoutedOptimizer(LowMemOptimizer):
         return self.new_matrix_state(param, group) if rule == OWN_RULE else new_fallback_state(rule, param)
 
     def takes_pieces(self, bucket: Bucket) -> bool:
-        return bucket.rule == "adamw" or (bucket.rule == "adafactor" and bucket.pieces() is not None)
+        if bucket.rule == OWN_RULE:
+            return self.takes_pieces_of_matrices(bucket)
+        return bucket.rule == "adamw" or bucket.pieces() is not None
+
+    def takes_pieces_of_matrices(self, bucket: Bucket) -> bool:
+        """Say whether `update_matrices` takes pieces; see `takes_pieces`."""
+        return False
 
     def update(self, bucket: Bucket) -> None:
         if bucket.rule == OWN_RULE:

@@ -3,11 +3,10 @@
 import triton
 import triton.language as tl
 
-from ...field_fragments import field, field32, scratch, walk_dims
+from ...field_fragments import field, field32, rows_in_whole, scratch, walk_dims
 from .constants import (
     BATCH,
     DIMS,
-    DISTANCE,
     FIRST_ROW,
     GRAD_STRIDES,
     GROUP_ROWS,
@@ -17,7 +16,6 @@ from .constants import (
     NDIM,
     PARAM_STRIDES,
     ROWS,
-    RUN,
     SCALARS_START,
     M,
     N,
@@ -97,7 +95,7 @@ def offsets(at, rows, cols, m, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
 def places_in_whole(at, e, rows, m, PIECES: tl.constexpr):
     """Index in the whole parameter of the first element of each of these rows of matrix e, on which noise depends."""
     if PIECES:
-        rows = field(at, FIRST_ROW) + (rows // field32(at, RUN)) * field(at, DISTANCE) + rows % field32(at, RUN)
+        rows = rows_in_whole(at, rows, FIRST_ROW)
     return (e.to(tl.int64) * field(at, ROWS) + rows) * m
 
 

@@ -25,15 +25,15 @@ from .constants import (
     ROW_SCALE_COLUMN,
     STEP_COLUMN,
 )
-from .sweep import closing_tile, finish, sweep_tile
+from .sweep import closing_tile, finish, sums_tile, sweep_tile
 from .whole import whole_tile
 
-__all__ = ["_multinorm_kernel"]
+__all__ = ["_multinorm_kernel", "_multinorm_sums_kernel"]
 
 
 @triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps", "pairs"])
 def _multinorm_kernel(
-    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, skipped_ptr, found_inf,
+    table_ptr, addresses_ptr, scratch_ptr, counters_ptr, sums_ptr, skipped_ptr, found_inf,
     segments_start, rows_start, first_ticket, owners, counters, sweeps, pairs,
     lr, update_scale, weight_decay, momentum, one_minus_momentum, eps, row_threshold,
     scale, inv_scale, clip_value, clip_coef,
@@ -71,7 +71,10 @@ def _multinorm_kernel(
                 TOTAL, TOTAL_LINE, FIRST_LINE, FIRST_CROSS, RESIDENT, BLOCK_LINES, BLOCK_PLACES,
             )  # fmt: skip
         else:
-            closing_tile(at, ticket, phase // 2, sweeps, eps, row_threshold, CLAMP, HAS_THRESHOLD, TOTAL, FIRST_CROSS)
+            closing_tile(
+                at, ticket, phase // 2, sweeps, sums_ptr, eps, row_threshold,
+                CLAMP, HAS_THRESHOLD, TOTAL, FIRST_CROSS,
+            )  # fmt: skip
     else:
         ok = 1.0
         if SWEEPS and WRITE:
@@ -107,9 +110,9 @@ def _multinorm_kernel(
             else:
                 apply_tile(
                     at, ticket, sweeps, pointers, keys, gradient, rates, momentum, one_minus_momentum, eps, skipped_ptr,
-                    PARAM, STATE, ALIGNED, STRIDED, CONTIGUOUS, ROWS, STOCHASTIC, SKIP_NONFINITE, SIGN, MOMENTUM,
-                    NESTEROV, CLAMP, HAS_THRESHOLD, TOTAL, FIRST_LINE, FIRST_CROSS, LAST_LINE, GIVEN, OFFSETS, KEEP,
-                    WRITE, RESIDENT, APPLY_LINES, APPLY_PLACES,
+                    sums_ptr is not None, PARAM, STATE, ALIGNED, STRIDED, CONTIGUOUS, ROWS, STOCHASTIC, SKIP_NONFINITE,
+                    SIGN, MOMENTUM, NESTEROV, CLAMP, HAS_THRESHOLD, TOTAL, FIRST_LINE, FIRST_CROSS, LAST_LINE, GIVEN,
+                    OFFSETS, KEEP, WRITE, RESIDENT, APPLY_LINES, APPLY_PLACES,
                 )  # fmt: skip
 
     if arrive(counters_ptr, segment_ptr):
@@ -125,3 +128,15 @@ def _multinorm_kernel(
             else:
                 count_skipped(skipped_ptr, tl.full((), 1, tl.int32))
         complete(counters_ptr, segment_ptr, owners, counters)
+
+
+@triton.jit(do_not_specialize=["segments_start", "rows_start", "first_ticket"])
+def _multinorm_sums_kernel(
+    table_ptr, scratch_ptr, sums_ptr, found_inf, segments_start, rows_start, first_ticket, CROSS: tl.constexpr
+):  # fmt: skip
+    """One program takes one ticket of a closing phase of pieces and writes what is to be added up over processes."""
+    if scalar_or(found_inf, 0.0) != 0.0:
+        return
+    segment_ptr, ticket = find_segment(table_ptr, segments_start, first_ticket + tl.program_id(0))
+    k = tl.load(segment_ptr + OWNER)
+    sums_tile((table_ptr, table_ptr + rows_start + k * FIELDS_SIZE, scratch_ptr), ticket, sums_ptr, CROSS)

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ...field_fragments import by_fours, field32, scratch
+from ...field_fragments import by_fours, field, field32, rows_in_whole, scratch
 from ...fragments import count_skipped, is_finite, lerp, rounded
 from ...line_fragments import GROUPS, extents, lines_of, matrices_of, matrix, offsets
-from .constants import FACTOR, LINE_SCALE
+from .constants import FACTOR, FIRST_LINE, LINE_SCALE, WHOLE_LINES
 from .tile import cross_scales, line_scales, load_x
 
 
@@ -18,8 +18,8 @@ def vector(pointer, e, count, index, mask):
 
 @triton.jit
 def write_tile(
-    e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys, rates,
-    momentum, one_minus_momentum,
+    at, e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys, rates,
+    momentum, one_minus_momentum, PIECES: tl.constexpr,
     PARAM: tl.constexpr, STATE: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr, KEEP: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,12 @@ def write_tile(
     p = old_p.to(tl.float32)
     new = p - (rate * (update + offset) + decay * p)
     start = e.to(tl.int64) * (count.to(tl.int64) * length)
-    if ROWS:
+    if PIECES:
+        # their lines are rows
+        whole = e.to(tl.int64) * field(at, WHOLE_LINES) + rows_in_whole(at, lines, FIRST_LINE)
+        start = whole[:, None] * length
+        lane = places[None, :]
+    elif ROWS:
         start += lines.to(tl.int64)[:, None] * length
         lane = places[None, :]
     else:
@@ -61,7 +66,7 @@ def write_tile(
 @triton.jit
 def apply_tile(
     at, ticket, sweeps, pointers, keys, gradient, rates, momentum, one_minus_momentum, eps, skipped_ptr,
-    PARAM: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
+    PIECES: tl.constexpr, PARAM: tl.constexpr, STATE: tl.constexpr, ALIGNED: tl.constexpr, STRIDED: tl.constexpr,
     CONTIGUOUS: tl.constexpr, ROWS: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
     SIGN: tl.constexpr, MOMENTUM: tl.constexpr, NESTEROV: tl.constexpr, CLAMP: tl.constexpr,
     HAS_THRESHOLD: tl.constexpr, TOTAL: tl.constexpr, FIRST_LINE: tl.constexpr, FIRST_CROSS: tl.constexpr,
@@ -140,8 +145,8 @@ def apply_tile(
                             offset = a[:, None] + vector(cross_offset_ptr, e, length, places, places < length)[None, :]
                         p_ptrs = e_p_ptr + offsets(at, lines, places, extent, 0, STRIDED, CONTIGUOUS)
                         skipped += write_tile(
-                            e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys, rates,
-                            momentum, one_minus_momentum,
+                            at, e, lines, places, mask, extent, index, x, moved, s, t, offset, p_ptrs, m_ptrs, keys,
+                            rates, momentum, one_minus_momentum, PIECES,
                             PARAM, STATE, ROWS, STOCHASTIC, MOMENTUM, NESTEROV, KEEP and SKIP_NONFINITE,
                         )  # fmt: skip
     if WRITE and KEEP and SKIP_NONFINITE:

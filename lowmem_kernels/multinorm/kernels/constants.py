@@ -8,7 +8,7 @@ from ..fields import SLAB as _SLAB
 from ..rule import TINY as _TINY
 
 (
-    SLAB_TICKETS, SLAB_WIDTH, CLOSING_TICKETS,
+    SLAB_TICKETS, SLAB_WIDTH, CLOSING_TICKETS, WHOLE_LINES, FIRST_LINE, _, _, CROSS_SUMS, SINGLE_SUMS,
     LINE_SCALE, CROSS_SCALE, PARTIAL, GROUP_SUM, LINE_NORM, THRESHOLD, FACTOR, PROBE, OK,
 ) = [tl.constexpr(i) for i in range(len(LINE_FIELDS), len(FIELDS))]  # fmt: skip
 FIELDS_SIZE = tl.constexpr(len(FIELDS))

@@ -9,6 +9,7 @@ from ...line_fragments import GROUPS, LENGTH, LINES, extents, lines_of, matrices
 from .constants import (
     CLOSING_TICKETS,
     CROSS_SCALE,
+    CROSS_SUMS,
     FACTOR,
     GROUP_SUM,
     LINE_NORM,
@@ -16,10 +17,12 @@ from .constants import (
     OK,
     PARTIAL,
     PROBE,
+    SINGLE_SUMS,
     SLAB,
     SLAB_TICKETS,
     SLAB_WIDTH,
     THRESHOLD,
+    WHOLE_LINES,
 )
 from .tile import cross_scales, line_scales, load_x, scale_of
 
@@ -128,11 +131,14 @@ def sweep_tile(
 
 @triton.jit
 def closing_tile(
-    at, ticket, sweep, sweeps, eps, row_threshold,
+    at, ticket, sweep, sweeps, sums_ptr, eps, row_threshold,
     CLAMP: tl.constexpr, HAS_THRESHOLD: tl.constexpr, TOTAL: tl.constexpr, FIRST_CROSS: tl.constexpr,
 ):  # fmt: skip
-    """What follows a read. Writes the scales of a slab of places, or the threshold or the factor of some matrices."""
-    count = field32(at, LINES)
+    """What follows a read. Writes the scales of a slab of places, or the threshold or the factor of some matrices.
+
+    Sums are those of all groups, or of all processes where there is sums_ptr.
+    """
+    count = field32(at, WHOLE_LINES)
     length = field32(at, LENGTH)
     groups = field32(at, GROUPS)
     is_norms = False
@@ -146,7 +152,10 @@ def closing_tile(
         first, end = matrices_of(at, ticket, 1)
         for i in range(first, end):
             e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
-            total = sum_of(scratch(at, GROUP_SUM) + e * groups, groups)
+            if sums_ptr is None:
+                total = sum_of(scratch(at, GROUP_SUM) + e * groups, groups)
+            else:
+                total = tl.load(sums_ptr + field(at, SINGLE_SUMS) + e)
             if is_norms:
                 tl.store(scratch(at, THRESHOLD) + e, row_threshold * total / count)
             else:
@@ -162,8 +171,12 @@ def closing_tile(
             for place in range(first_place, end_place, SLAB):
                 places = place + tl.arange(0, SLAB)
                 inside = places < length
-                sums_ptr = scratch(at, PARTIAL) + e * groups * length
-                squares, _none = sum_groups(sums_ptr, groups, length, places, length, SLAB, False)
+                if sums_ptr is None:
+                    partial_ptr = scratch(at, PARTIAL) + e * groups * length
+                    squares, _none = sum_groups(partial_ptr, groups, length, places, length, SLAB, False)
+                else:
+                    to_ptr = sums_ptr + field(at, CROSS_SUMS) + e * length
+                    squares = tl.load(to_ptr + places, mask=inside, other=0.0)
                 old = 1.0
                 if CLAMP:
                     old = cross_scales(at, e, places, inside, sweep > FIRST_CROSS)
@@ -171,6 +184,31 @@ def closing_tile(
                 tl.store(scratch(at, CROSS_SCALE) + e * length + places, t, mask=inside)
                 probe += tl.sum(0.0 * squares)
     tl.store(scratch(at, PROBE) + ticket, probe)
+
+
+@triton.jit
+def sums_tile(at, ticket, sums_ptr, CROSS: tl.constexpr):
+    """What a piece has to add to the sums of a read. Writes those of a slab of places where CROSS, else single ones."""
+    length = field32(at, LENGTH)
+    groups = field32(at, GROUPS)
+    # a piece without lines has left no sums
+    filled = tl.where(field(at, LINES) > 0, groups, 0)
+    tickets = field32(at, SLAB_TICKETS) if CROSS else 1
+    first, end = matrices_of(at, ticket, tickets)
+    first_place = (ticket % tickets) * field32(at, SLAB_WIDTH)
+    end_place = tl.minimum(first_place + field32(at, SLAB_WIDTH), length)
+    for i in range(first, end):
+        e = (tl.full((), 0, tl.int32) + i).to(tl.int64)
+        if CROSS:
+            for place in range(first_place, end_place, SLAB):
+                places = place + tl.arange(0, SLAB)
+                partial_ptr = scratch(at, PARTIAL) + e * groups * length
+                squares, _none = sum_groups(partial_ptr, filled, length, places, length, SLAB, False)
+                to_ptr = sums_ptr + field(at, CROSS_SUMS) + e * length
+                tl.store(to_ptr + places, squares, mask=places < length)
+        else:
+            total = sum_of(scratch(at, GROUP_SUM) + e * groups, filled)
+            tl.store(sums_ptr + field(at, SINGLE_SUMS) + e, total)
 
 
 @triton.jit

@@ -63,6 +63,6 @@ def whole_tile(
     if ok == 1.0:
         p_ptrs = matrix(at, p_ptr, e, 0, 0, STRIDED) + offsets(at, lines, places, extent, 0, STRIDED, CONTIGUOUS)
         write_tile(
-            e, lines, places, mask, extent, index, x, moved, s, t, 0.0, p_ptrs, m_ptrs, keys, rates,
-            momentum, one_minus_momentum, PARAM, STATE, ROWS, STOCHASTIC, MOMENTUM, NESTEROV, False,
+            at, e, lines, places, mask, extent, index, x, moved, s, t, 0.0, p_ptrs, m_ptrs, keys, rates,
+            momentum, one_minus_momentum, False, PARAM, STATE, ROWS, STOCHASTIC, MOMENTUM, NESTEROV, False,
         )  # fmt: skip
