@@ -17,7 +17,7 @@ _LAYOUTS = {"aligned": Layout(True, False), "misaligned": Layout(False, False), 
 _DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _COMMON = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
-    "found_inf": "*fp32",
+    "found_inf": "*fp32", "sums_ptr": None,
     **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters"), "i32"),
     "scale": "fp32", "inv_scale": "*fp32", "clip_value": None, "clip_coef": "*fp32",
     **dict.fromkeys(("lr", "weight_decay", "eps1", "eps2", "clip_threshold", "one_minus_beta1"), "fp32"),
@@ -50,6 +50,17 @@ def factored_cases(warp_size: int) -> Iterator[CompileCase]:
     yield _case(
         "adafactor-bf16-aligned-all_options", _factored_kernel, signature, "bf16", "fp32", "aligned", flags, warp_size
     )
+    # rows in several processes
+    signature = {**_ADAFACTOR, "sums_ptr": "*fp32"}
+    flags = {**_RULE, "STOCHASTIC": True}
+    yield _case(
+        "adafactor-bf16-aligned-pieces", _factored_kernel, signature, "bf16", "fp32", "aligned", flags, warp_size
+    )
+    signature = {**_CAME, "sums_ptr": "*fp32"}
+    yield _case(
+        "came-bf16-state_fp32-aligned-pieces", _confidence_kernel, signature, "bf16", "fp32", "aligned",
+        {"STOCHASTIC": True}, warp_size,
+    )  # fmt: skip
     for name, dtype, state, layout, flags in (
         ("came-bf16-state_fp32-aligned-stochastic", "bf16", "fp32", "aligned", {"STOCHASTIC": True}),
         ("came-bf16-state_bf16-aligned-stochastic", "bf16", "bf16", "aligned", {"STOCHASTIC": True}),

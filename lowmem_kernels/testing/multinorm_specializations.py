@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -56,6 +57,12 @@ def multinorm_cases(warp_size: int) -> Iterator[CompileCase]:
     yield _case("multinorm-bf16-rank1_apply", "bf16", geometry, NormRule(("sign",)), warp_size, **given)
     scales = {"WRITE": False, "STOCHASTIC": False}
     yield _case("multinorm-bf16-scales_only", "bf16", geometry, _SINKGD, warp_size, **scales)
+    # rows in several processes
+    pieces = _case("multinorm-bf16-pieces", "bf16", geometry, _SINKGD, warp_size)
+    constexprs = {key: value for key, value in pieces.constexprs.items() if key != "sums_ptr"}
+    signature = {**_SIGNATURE, "sums_ptr": "*fp32"}
+    pointers = (*pieces.divisible_by_16, "sums_ptr")
+    yield replace(pieces, signature=signature, constexprs=constexprs, divisible_by_16=pointers)
 
 
 def whole_case(warp_size: int) -> CompileCase:
@@ -71,7 +78,8 @@ def _case(name: str, dtype: str, geometry: Geometry, rule: NormRule, warp_size: 
         "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
         "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True, "MOMENTUM": momentum,
         "NESTEROV": rule.nesterov, "GIVEN": False, "OFFSETS": False, "KEEP": keeps_elements(rule), "WRITE": True,
-        "clip_value": None, **{key: value for key, value in arguments.items() if key.isupper()}, **flags,
+        "clip_value": None, "sums_ptr": None,
+        **{key: value for key, value in arguments.items() if key.isupper()}, **flags,
     }  # fmt: skip
     return CompileCase(
         name=name,

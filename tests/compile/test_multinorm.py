@@ -72,4 +72,4 @@ def test_addresses_are_64_bits(target, name):
         if offset.pointer == "pointer":  # a tensor's address, read from the table
             assert offset.offset_type in lanes, offset
         else:
-            assert offset.pointer in {"table_ptr", "addresses_ptr", "counters_ptr", "scratch_ptr"}, offset
+            assert offset.pointer in {"table_ptr", "addresses_ptr", "counters_ptr", "scratch_ptr", "sums_ptr"}, offset

@@ -147,6 +147,20 @@ def rounds_make_no_difference(mesh):
     assert counts == [4, 16]
 
 
+def bytes_that_move(rank, mesh, size):
+    """Of matrices of which each process owns one: of the others' it sends its part of parameter and gradient, and of
+    its own all other parts of the parameter back, with the step (16 bytes in a buffer)."""
+    params = [nn.Parameter(distributed(torch.ones(64, 32).bfloat16(), mesh, ROWS)) for _ in range(size)]
+    optimizer = SWAN(params, lr=1e-2)
+    for param in params:
+        param.grad = distributed(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)).bfloat16(), mesh, ROWS)
+    with mock.patch.object(dist, "all_to_all_single", wraps=dist.all_to_all_single) as moved:
+        optimizer.step()
+    part = 64 * 32 * 2 // size
+    sent = [[n for i, n in enumerate(call.args[3]) if i != rank] for call in moved.call_args_list]
+    assert sent == [[2 * part] * (size - 1), [part + 16] * (size - 1)]
+
+
 def all_skip_together(rank, mesh, size):
     """Also where a copy is bad that is not the first, which alone counts in the norm."""
     skips = {"skip_nonfinite": "step"}
@@ -302,6 +316,7 @@ def run(rank, size):
         if config.optimizer not in (AdamW, Lomo, AdamMini, AdaPM):
             a_bad_gradient_stops_its_parameter_in_all_processes(rank, mesh, size, config)
     rounds_make_no_difference(mesh)
+    bytes_that_move(rank, mesh, size)
     all_skip_together(rank, mesh, size)
     a_grad_scaler_skips_in_all_processes(rank, mesh)
     whole_parameters_among_shards(mesh)
