@@ -40,13 +40,17 @@ each_cut = pytest.mark.parametrize(
 )  # fmt: skip
 
 
+def as_it_is(tensor):
+    return tensor
+
+
 class Run:
     """Parameters with their momenta, in one process, which has all rows of them or some."""
 
-    def __init__(self, name, shapes, dtype, cut=torch.clone):
-        self.rule, self.cut = RULES[name][0], cut
-        self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
-        self.exp_avgs = [torch.zeros_like(p) for p in self.params] if self.rule.momentum else None
+    def __init__(self, name, shapes, dtype, cut=torch.clone, arrange=as_it_is):
+        self.rule, self.cut = RULES[name][0], lambda tensor: arrange(cut(tensor))
+        self.params = [self.cut(p) for p in random_tensors(shapes, dtype, 0)]
+        self.exp_avgs = [torch.zeros(p.shape, dtype=dtype) for p in self.params] if self.rule.momentum else None
         self.steps = [torch.zeros(()) for _ in shapes]
         self.skipped = torch.zeros((), dtype=torch.int64)
 
@@ -66,14 +70,14 @@ class Run:
         )
 
 
-def runs(name, rows, shapes, dtype, backend, change=lambda step, grads: grads, **transform):
-    """(the run of one process, those of several, their meetings)."""
-    whole = Run(name, shapes, dtype)
+def runs(name, rows, shapes, dtype, backend, change=lambda step, grads: grads, arrange=as_it_is, **transform):
+    """(the run of one process, those of several, their meetings). Tensors lie in memory as ``arrange`` returns them."""
+    whole = Run(name, shapes, dtype, arrange=arrange)
     for step in range(STEPS):
         whole.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, **transform)
 
     def work(rank, meetings):
-        run = Run(name, shapes, dtype, lambda tensor: rows.piece(rank, tensor))
+        run = Run(name, shapes, dtype, lambda tensor: rows.piece(rank, tensor), arrange)
         pieces = rows.of(rank, shapes, meetings)
         for step in range(STEPS):
             run.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, pieces, **transform)
@@ -82,9 +86,9 @@ def runs(name, rows, shapes, dtype, backend, change=lambda step, grads: grads, *
     return whole, *together(rows.processes, work)
 
 
-def assert_pieces_do_what_the_whole_does(name, rows, shapes, backend):
+def assert_pieces_do_what_the_whole_does(name, rows, shapes, backend, arrange=as_it_is):
     """In float32 within what two orders of summation may differ by; and the sums of a step."""
-    whole, several, meetings = runs(name, rows, shapes, torch.float32, backend)
+    whole, several, meetings = runs(name, rows, shapes, torch.float32, backend, arrange=arrange)
     for i, start in enumerate(random_tensors(shapes, torch.float32, 0)):
         found = rows.gathered([run.params[i] for run in several], whole.params[i])
         assert (found - whole.params[i]).norm() <= parity_tolerance(start, whole.params[i], STEPS), i
@@ -112,6 +116,25 @@ def assert_bad_rows_stop_all(name, bad, backend, **transform):
     for run in (whole, *several):
         assert [int(s) for s in run.steps] == [STEPS - 1, STEPS]
         assert int(run.skipped) == 1
+    found = rows.gathered([run.params[0] for run in several], whole.params[0])
+    start = random_tensors(shapes, torch.float32, 0)[0]
+    assert (found - whole.params[0]).norm() <= parity_tolerance(start, whole.params[0], STEPS)
+
+
+def assert_bad_rows_are_kept(name, bad, backend, **transform):
+    """Of rules that decide about elements: where a bad element reaches, in whatever process, nothing moves."""
+    rows, shapes = Rows(2), SHAPES[:2]
+
+    def change(step, grads):
+        if step == 1:
+            grads[0][-1, 3] = bad
+        return grads
+
+    whole, several, _ = runs(name, rows, shapes, torch.float32, backend, change, **transform)
+    for run in (whole, *several):
+        assert [int(s) for s in run.steps] == [STEPS, STEPS]
+    reached = {"rows": shapes[0][1], "columns": shapes[0][0], "signs": 1}[name]
+    assert sum(int(run.skipped) for run in several) == int(whole.skipped) == reached
     found = rows.gathered([run.params[0] for run in several], whole.params[0])
     start = random_tensors(shapes, torch.float32, 0)[0]
     assert (found - whole.params[0]).norm() <= parity_tolerance(start, whole.params[0], STEPS)

@@ -1,14 +1,21 @@
 """The multi-normalization kernel on matrices whose rows are in several processes, against the same in one."""
 
 import pytest
+import torch
 
+from lowmem_kernels.numerics import parity_tolerance
 from multinorm_pieces import (
+    SHAPES,
+    STEPS,
+    assert_bad_rows_are_kept,
     assert_bad_rows_stop_all,
     assert_noise_is_that_of_the_whole,
     assert_pieces_do_what_the_whole_does,
     each_cut,
     each_rule,
+    runs,
 )
+from pieces import Rows, random_tensors
 
 
 @each_rule
@@ -29,3 +36,51 @@ def test_noise_is_that_of_the_whole(name, rows, shapes):
 def test_bad_rows_stop_all(name, transform, bad):
     """Of which a clamp would hide an Inf."""
     assert_bad_rows_stop_all(name, bad, "triton", **transform)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "signs"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
+def test_bad_rows_are_kept(name, transform, bad):
+    """By rules without a sum over all elements."""
+    assert_bad_rows_are_kept(name, bad, "triton", **transform)
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "eps", "frobenius", "momentum after", "table"])
+def test_rows_that_no_program_holds(name):
+    """One process has nothing of the first: then no program has written its sums."""
+    assert_pieces_do_what_the_whole_does(name, Rows(2), [(1, 2051), (3, 2051)], "triton")
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "columns first", "frobenius", "momentum after", "table"])
+def test_transposed_in_memory(name):
+    """Lines are rows there too, which do not lie in one piece."""
+    assert_pieces_do_what_the_whole_does(
+        name, Rows(2), [(40, 24), (2, 8, 16), (7, 70), (1, 33)], "triton", arrange=lambda x: x.mT.contiguous().mT
+    )
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "frobenius", "table"])
+def test_sums_that_overflow_stop_all(name):
+    """Of finite elements, in either implementation."""
+
+    def change(step, grads):
+        if step == 1:
+            grads[0][-1, 3] = 3e38
+        return grads
+
+    for backend in ("torch", "triton"):
+        whole, several, _ = runs(name, Rows(2), SHAPES[:2], torch.float32, backend, change)
+        for run in (whole, *several):
+            assert [int(s) for s in run.steps] == [STEPS - 1, STEPS]
+            assert int(run.skipped) == 1
+
+
+@pytest.mark.parametrize("name", ["sinkgd", "table"])
+def test_reference(name):
+    """The same pieces in torch."""
+    rows = Rows(3)
+    expected, found = (runs(name, rows, SHAPES, torch.float32, backend)[1] for backend in ("torch", "triton"))
+    for i, start in enumerate(random_tensors(SHAPES, torch.float32, 0)):
+        x, y = (rows.gathered([run.params[i] for run in several], start) for several in (expected, found))
+        assert (y - x).norm() <= parity_tolerance(start, x, STEPS), i

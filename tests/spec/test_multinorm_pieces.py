@@ -1,14 +1,20 @@
 """Multi-normalization on matrices whose rows are in several processes, against the same in one."""
 
 import pytest
+import torch
 
+from lowmem_kernels.multinorm import NormRule, sinkhorn_update_
+from lowmem_kernels.pieces import RowPieces, RowPlace
 from multinorm_pieces import (
+    assert_bad_rows_are_kept,
     assert_bad_rows_stop_all,
     assert_noise_is_that_of_the_whole,
     assert_pieces_do_what_the_whole_does,
     each_cut,
     each_rule,
+    runs,
 )
+from pieces import Rows
 
 
 @each_rule
@@ -29,3 +35,41 @@ def test_noise_is_that_of_the_whole(name, rows, shapes):
 def test_bad_rows_stop_all(name, transform, bad):
     """Of which a clamp would hide an Inf."""
     assert_bad_rows_stop_all(name, bad, "torch", **transform)
+
+
+@pytest.mark.parametrize("name", ["rows", "columns", "signs"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
+def test_bad_rows_are_kept(name, transform, bad):
+    """By rules without a sum over all elements."""
+    assert_bad_rows_are_kept(name, bad, "torch", **transform)
+
+
+def test_found_inf_stops_all():
+    """It is the same in all processes, which change nothing then."""
+    whole, several, _ = runs("table", Rows(2), [(5, 16)], torch.float32, "torch", found_inf=torch.ones(()))
+    for run in (whole, *several):
+        assert not any(run.steps)
+        assert not run.skipped
+        assert not any(m.any() for m in run.exp_avgs)
+    assert torch.equal(Rows(2).gathered([run.params[0] for run in several], whole.params[0]), whole.params[0])
+
+
+def test_refusals():
+    def update(rows, places=1, shape=(4, 3), **rule):
+        p = [torch.ones(shape)]
+        pieces = RowPieces(rows, (RowPlace(0, 4, 0),) * places, lambda vector: None)
+        sinkhorn_update_(
+            p, p, [torch.zeros(())], lr=1e-3, weight_decay=0.0, rule=NormRule(**rule), pieces=pieces, backend="torch"
+        )
+
+    with pytest.raises(ValueError, match=r"pieces.rows has 2 entries; allowed: 1"):
+        update((4, 4))
+    with pytest.raises(ValueError, match=r"pieces.places has 0 entries; allowed: 1"):
+        update((4,), 0)
+    with pytest.raises(ValueError, match=r"params\[0\] has shape \(4, 3\) and pieces.rows\[0\] is 3"):
+        update((3,))
+    with pytest.raises(ValueError, match=r"params\[0\] has shape \(4,\)"):
+        update((4,), shape=(4,))
+    with pytest.raises(ValueError, match=r"params\[0\] has 3 dimensions and rule.conv is True"):
+        update((4,), shape=(2, 4, 3), conv=True)
