@@ -87,7 +87,7 @@ def _apply_tile(
                     col_scale = col_scales(at, e, cols, m, COL_SCALE)
                     scale = factored_scale(row_scale, col_scale, eps, EPS_FLOOR)
                 update = step_size * (g * scale)
-                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
+                row_starts = places_in_whole(at, start, e, rows, m, PIECES)[:, None]
                 if MOMENTUM:
                     m_ptrs = m_ptr + start + index
                     old_m = tl.load(m_ptrs, mask=mask, other=0.0).to(tl.float32)

@@ -98,7 +98,7 @@ def _residual_tile(
                 u = clip * (g * scale)
                 old_m = tl.load(m_ptr + start + index, mask=mask, other=0.0).to(tl.float32)
                 new_m = lerp(old_m, u, weight1)
-                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
+                row_starts = places_in_whole(at, start, e, rows, m, PIECES)[:, None]
                 stored = rounded(new_m, key, row_starts, cols[None, :], STATE, STOCHASTIC)
                 tl.store(m_ptr + start + index, stored, mask=mask)
                 s = (u - new_m) * (u - new_m)  # outside the mask all of it is 0
@@ -189,7 +189,7 @@ def _confident_tile(
                 if full == 0:
                     col_scale = col_scales(at, e, cols, m, RES_SCALE)
                     update *= factored_scale(row_scale, col_scale, 0.0, False)
-                row_starts = places_in_whole(at, e, rows, m, PIECES)[:, None]
+                row_starts = places_in_whole(at, start, e, rows, m, PIECES)[:, None]
                 new_p = rounded(p - (lr * update + decay * p), key, row_starts, cols[None, :], PARAM, STOCHASTIC)
                 tl.store(p_ptrs, new_p, mask=mask)
 

@@ -92,11 +92,15 @@ def offsets(at, rows, cols, m, OPERAND: tl.constexpr, STRIDED: tl.constexpr):
 
 
 @triton.jit
-def places_in_whole(at, e, rows, m, PIECES: tl.constexpr):
-    """Index in the whole parameter of the first element of each of these rows of matrix e, on which noise depends."""
+def places_in_whole(at, start, e, rows, m, PIECES: tl.constexpr):
+    """Index in the whole parameter of the first element of each of these rows of matrix e, on which noise depends.
+
+    ``start`` is that of the matrix, of parameters that are not PIECES.
+    """
     if PIECES:
-        rows = rows_in_whole(at, rows, FIRST_ROW)
-    return (e.to(tl.int64) * field(at, ROWS) + rows) * m
+        return (e.to(tl.int64) * field(at, ROWS) + rows_in_whole(at, rows, FIRST_ROW)) * m
+    else:
+        return start + rows.to(tl.int64) * m
 
 
 @triton.jit
