@@ -32,6 +32,7 @@ from torch import Tensor
 
 from ..dispatch import implementation
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces
 from .checks import check_apply, check_draw, check_project, check_rank, check_update
 from .rule import ApolloRule, Draw
 
@@ -58,6 +59,7 @@ def apollo_update_(
     weight_decay: float,
     rule: ApolloRule,
     draw: Draw,
+    pieces: RowPieces | None = None,
     transform: GradTransform = GradTransform(),
     rounding: Rounding = Rounding(),
     backend: str = "auto",
@@ -80,6 +82,12 @@ def apollo_update_(
         weight_decay: decoupled, multiplied by lr, of what the update has left.
         rule: rank, scaling, moments and limit.
         draw: which projections. ``source="torch"`` waits for the device where the epoch lies there.
+        pieces: says which rows of its matrices each process has, see `RowPieces`; None: all. Sides, ranks and
+            projections are those of the whole. M and V have the rows that are here where columns are contracted or
+            nothing is projected, and are whole, and equal in all processes, where rows are contracted; norms, epochs
+            and steps are equal. A single sum is taken, for each matrix of: 2 numbers ("tensor": 3) where columns are
+            contracted; rank + 1 for each channel where rows are; 3 for each channel ("tensor": 3 in all) where they
+            are not projected. Not with ``rule.conv``, and not yet with Triton, see `rule.takes_pieces`.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, M stream 1, V stream 2.
         backend: "auto", "triton" or "torch".
@@ -94,10 +102,10 @@ def apollo_update_(
     Source: Zhu et al., "APOLLO: SGD-like Memory, AdamW-level Performance" (arXiv 2412.05270), algorithm 1 and
     equations 3 to 9.
     """
-    check_update(params, grads, exp_avgs, exp_avg_sqs, norms, epochs, steps, rule, draw)
+    check_update(params, grads, exp_avgs, exp_avg_sqs, norms, epochs, steps, rule, draw, pieces)
     implementation(__name__, backend, (*params[:1], *grads[:1])).apollo_update_(
         params, grads, exp_avgs, exp_avg_sqs, norms, epochs, steps,
-        lr=lr, weight_decay=weight_decay, rule=rule, draw=draw, transform=transform, rounding=rounding,
+        lr=lr, weight_decay=weight_decay, rule=rule, draw=draw, pieces=pieces, transform=transform, rounding=rounding,
     )  # fmt: skip
 
 

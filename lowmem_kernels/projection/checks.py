@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..checks import SCALAR, check_gradients, check_list, check_params, state_dtypes
+from ..checks import SCALAR, check_gradients, check_list, check_params, check_pieces, state_dtypes
 from ..numerics import PARAM_DTYPES
+from ..pieces import RowPieces
 from ..tensors import remembered
 from .rule import (
     MIN_SIGNS,
@@ -71,24 +72,29 @@ def check_update(
     steps: Sequence[Tensor],
     rule: ApolloRule,
     draw: Draw,
+    pieces: RowPieces | None,
 ) -> None:
     """Raise ValueError or TypeError where the arguments of `apollo_update_` do not fit together."""
     check_rule(rule)
     check_draw(draw, rule.rank)
+    check_pieces(params, pieces)
+    if pieces is not None and rule.conv:
+        raise ValueError("rule.conv is True and there are pieces; allowed: pieces of matrices over the last dimensions")
     if not params:
         return
+    rows = [None] * len(params) if pieces is None else pieces.rows
 
     def check_state() -> None:
         check_params(params, steps)
         device, shapes = params[0].device, [tuple(p.shape) for p in params]
-        moments = [torch.Size(moment_shape(shape, rule)) for shape in shapes]
+        moments = [torch.Size(moment_shape(shape, rule, n)) for shape, n in zip(shapes, rows, strict=True)]
         check_list("exp_avgs", exp_avgs, moments, device, state_dtypes(params))
         check_list("exp_avg_sqs", exp_avg_sqs, moments, device, (exp_avgs[0].dtype,))
         check_list("norms", norms, [torch.Size(norm_shape(shape, rule)) for shape in shapes], device, _FP32)
         check_list("epochs", epochs, [SCALAR] * len(params), device, _FP32)
 
     check_gradients(params, grads)
-    remembered([params, exp_avgs, exp_avg_sqs, norms, epochs, steps], ("check_apollo", rule), check_state)
+    remembered([params, exp_avgs, exp_avg_sqs, norms, epochs, steps], ("check_apollo", rule, tuple(rows)), check_state)
 
 
 def check_project(grads: Sequence[Tensor], rank: int, proj_type: str, draw: Draw) -> None:

@@ -18,6 +18,7 @@ from ..blocks import read_gradient
 from ..device import device_facts
 from ..dispatch import interpreting
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces
 from ..schedules import geometries_of, launch_schedule
 from ..table import addresses, starts_aligned, strides_of
 from ..tensors import remembered
@@ -81,10 +82,13 @@ def apollo_update_(
     weight_decay: float,
     rule: ApolloRule,
     draw: Draw,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
-    """As `lowmem_kernels.projection.apollo_update_`: one launch for each route that occurs."""
+    """As `lowmem_kernels.projection.apollo_update_`: one launch for each route that occurs. Takes no pieces."""
+    if pieces is not None:
+        raise ValueError("there are pieces and the backend is 'triton'; allowed: backend='torch', or whole matrices")
     columns = {
         "param": params, "grad": grads, "step": steps, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs,
         "norm": norms, "epoch": epochs,

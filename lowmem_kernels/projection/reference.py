@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -11,15 +11,19 @@ from torch import Tensor
 from ..blocks import found_inf, read_gradient, row_blocks, store_, sum_is_finite
 from ..lines import as_matrices
 from ..options import GradTransform, Rounding
+from ..pieces import RowPieces, RowPlace, lockstep
 from ..rounding import stream_key
+from ..shards import Shard
 from .draw import projection_of
 from .rule import (
     NORM_EPS,
     TINY_NORM,
     ApolloRule,
     Draw,
+    Sides,
     channel_shape,
     moment_shape,
+    piece_sides,
     projected_scale,
     sides_of,
 )
@@ -39,6 +43,7 @@ def apollo_update_(
     weight_decay: float,
     rule: ApolloRule,
     draw: Draw,
+    pieces: RowPieces | None = None,
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
@@ -46,23 +51,45 @@ def apollo_update_(
     if found_inf(transform):
         return
     lr, uids = float(lr), draw.uids_of(len(params))
-    for i, key in enumerate(rounding.keys(len(params))):
-        x = _X(grads[i], rule.rank, rule.proj_type, rule.conv, transform)
-        projected, squares = x.project(projection_of(x.sides, draw, uids[i], x.grad.device))
-        if transform.skip_nonfinite and not sum_is_finite(squares):
+    round_keys = rounding.keys(len(params))
+
+    def update(i: int) -> Iterator[Tensor]:
+        shape = tuple(params[i].shape)
+        whole = sides = sides_of(shape, rule.rank, rule.proj_type, rule.conv)
+        if pieces is not None:
+            whole, sides = piece_sides(shape, pieces.rows[i], rule)
+        x = _X(grads[i], sides, rule.conv, transform)
+        projection = projection_of(whole, draw, uids[i], x.grad.device)
+        summed = pieces is not None and whole.projected and not whole.right
+        if pieces is not None and summed:
+            projection = _places_of(projection, pieces.places[i], sides.contracted)
+        projected, squares = x.project(projection)
+        if summed:
+            projected, squares = yield from _summed(projected, squares)
+        step = int(steps[i]) + 1
+        moments = [x.as_channels(moment) for moment in (exp_avgs[i], exp_avg_sqs[i])]
+        values = _moved(projected, moments, rule)
+        normalized = values[0] / (values[1].sqrt() + rule.eps)
+        # what belongs to rows that are not here is missing
+        partial = pieces is not None and not summed
+        scales, norm_squares, seen = yield from _scales(normalized, projected, squares, rule, partial, whole.right)
+        if transform.skip_nonfinite and not sum_is_finite(seen):
             if transform.skipped is not None:
                 transform.skipped.add_(1)
-            continue
-        step = int(steps[i].add_(1))
+            return
+        steps[i].fill_(step)
         epochs[i].fill_(int(draw.epoch))
-        moments = [x.as_channels(moment) for moment in (exp_avgs[i], exp_avg_sqs[i])]
-        keys = [stream_key(key, step, stream) for stream in range(3)]
-        normalized = _normalized(projected, moments, step, rule, rounding.stochastic, keys[1:])
-        scales = _scales(normalized, projected, squares, norms[i].view(-1), rule)
+        keys = [stream_key(round_keys[i], step, stream) for stream in range(3)]
+        moment_shard = pieces.shard(i, exp_avgs[i].shape) if pieces is not None and partial else None
+        _store_moments_(moments, values, rounding.stochastic, keys[1:], moment_shard)
+        scales = _limited(scales, norm_squares, norms[i].view(-1), rule)
         beta1, beta2 = rule.betas
         correction = math.sqrt(1 - beta2**step) / (1 - beta1**step)
         rates = scales * (lr * math.sqrt(rule.scale) * correction)
-        x.apply_(params[i], rates, lr * weight_decay, rounding.stochastic, keys[0])
+        shard = None if pieces is None else pieces.shard(i, shape)
+        x.apply_(params[i], rates, lr * weight_decay, rounding.stochastic, keys[0], shard=shard)
+
+    lockstep(map(update, range(len(params))), pieces)
 
 
 @torch.no_grad()
@@ -78,7 +105,7 @@ def project(
     """As `lowmem_kernels.projection.project`."""
     projections, sums, rule = [], [], ApolloRule(rank, proj_type=proj_type, conv=conv)
     for grad, uid in zip(grads, draw.uids_of(len(grads)), strict=True):
-        x = _X(grad, rank, proj_type, conv, transform)
+        x = _X(grad, sides_of(tuple(grad.shape), rank, proj_type, conv), conv, transform)
         projected, squares = x.project(projection_of(x.sides, draw, uid, grad.device))
         shape = tuple(grad.shape)
         projections.append(x.from_channels(projected).reshape(moment_shape(shape, rule)))
@@ -105,7 +132,7 @@ def channel_apply_(
         return
     lr = float(lr)
     for i, key in enumerate(rounding.keys(len(params))):
-        x = _X(grads[i], 1, proj_type, conv, transform)
+        x = _X(grads[i], sides_of(tuple(grads[i].shape), 1, proj_type, conv), conv, transform)
         step = int(steps[i].add_(1))
         rates = lr * scales[i].view(x.sides.matrices, x.sides.channels)
         x.apply_(params[i], rates, lr * weight_decay, rounding.stochastic, stream_key(key, step, 0), keeps=True)
@@ -129,9 +156,8 @@ def projection_matrix(
 class _X:
     """A gradient as E matrices, read block by block; what belongs to channels is [E, channels] or [E, channels, r]."""
 
-    def __init__(self, grad: Tensor, rank: int, proj_type: str, conv: bool, transform: GradTransform) -> None:
-        self.transform, self._conv = transform, conv
-        self.sides = sides_of(tuple(grad.shape), rank, proj_type, conv)
+    def __init__(self, grad: Tensor, sides: Sides, conv: bool, transform: GradTransform) -> None:
+        self.transform, self._conv, self.sides = transform, conv, sides
         self.grad = as_matrices(grad, self._conv)
 
     def project(self, projection: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,7 +179,14 @@ class _X:
         return projected.mul_(scale), squares
 
     def apply_(
-        self, param: Tensor, rates: Tensor, decay: float, stochastic: bool, key: int, keeps: bool = False
+        self,
+        param: Tensor,
+        rates: Tensor,
+        decay: float,
+        stochastic: bool,
+        key: int,
+        keeps: bool = False,
+        shard: Shard | None = None,
     ) -> None:
         """Subtract the gradient times the channels' rates, then decay."""
         target = as_matrices(param, self._conv)
@@ -169,7 +202,7 @@ class _X:
                 if self.transform.skipped is not None:
                     self.transform.skipped.add_(usable.logical_not().sum())
                 new = torch.where(usable, new, p)
-            store_(p, new, stochastic, key, (e.start * rows_of_matrix + rows.start) * columns)
+            store_(p, new, stochastic, key, (e.start * rows_of_matrix + rows.start) * columns, shard)
         if target.data_ptr() != param.data_ptr():
             param.copy_(target.view(param.shape))
 
@@ -194,27 +227,62 @@ class _X:
         return g
 
 
-def _normalized(
-    projected: Tensor, moments: list[Tensor], step: int, rule: ApolloRule, stochastic: bool, keys: list[int]
-) -> Tensor:
-    """Advance the moments, rounding each once, and return M / (sqrt(V) + eps), without bias correction."""
+def _places_of(projection: Tensor, place: RowPlace, count: int) -> Tensor:
+    """Return the columns of P that belong to the rows that are here."""
+    index = torch.arange(count, device=projection.device)
+    return projection[:, place.first + index // place.run * place.distance + index % place.run]
+
+
+def _summed(*parts: Tensor) -> Generator[Tensor, None, list[Tensor]]:
+    """Return fp32 tensors summed over the processes. Yields them as one vector."""
+    vector = torch.cat([part.flatten() for part in parts])
+    yield vector
+    totals = vector.split([part.numel() for part in parts])
+    return [total.view(part.shape) for total, part in zip(totals, parts, strict=True)]
+
+
+def _moved(projected: Tensor, moments: list[Tensor], rule: ApolloRule) -> tuple[Tensor, Tensor]:
+    """Return the next moments, fp32, before rounding."""
     m = torch.lerp(moments[0].float(), projected, 1 - rule.betas[0])
     v = torch.lerp(moments[1].float(), projected.square(), 1 - rule.betas[1])
-    normalized = m / (v.sqrt() + rule.eps)
-    for moment, value, key in zip(moments, (m, v), keys, strict=True):
+    return m, v
+
+
+def _store_moments_(
+    moments: list[Tensor], values: tuple[Tensor, Tensor], stochastic: bool, keys: list[int], shard: Shard | None
+) -> None:
+    """Round the moments, each once."""
+    for moment, value, key in zip(moments, values, keys, strict=True):
         # in the order in which they lie in memory, which the noise of rounding goes by
         right = moment.is_contiguous()
-        store_(*((moment, value) if right else (moment.mT, value.mT.contiguous())), stochastic, key, 0)
-    return normalized
+        store_(*((moment, value) if right else (moment.mT, value.mT.contiguous())), stochastic, key, 0, shard)
 
 
-def _scales(normalized: Tensor, projected: Tensor, squares: Tensor, norms: Tensor, rule: ApolloRule) -> Tensor:
-    """Return what multiplies the channels, [E, channels], limited in growth, and write the updates' norms."""
-    dims = (1, 2) if rule.scale_type == "tensor" else (2,)
-    scales = normalized.square().sum(dims).sqrt() / (projected.square().sum(dims).sqrt() + NORM_EPS)
-    if rule.scale_type == "tensor":
-        scales = scales[:, None].expand_as(squares)
-    new = (scales.square() * squares).sum(1).sqrt()
+def _scales(
+    normalized: Tensor, projected: Tensor, squares: Tensor, rule: ApolloRule, partial: bool, right: bool
+) -> Generator[Tensor, None, tuple[Tensor, Tensor, Tensor]]:
+    """Return what multiplies the channels, [E, channels], the update's squared norms, [E], and sums of all squares.
+
+    Yields once if what is here is ``partial``, of rows that are channels (``right``) or contracted.
+    """
+    tensor = rule.scale_type == "tensor"
+    dims = (1, 2) if tensor else (2,)
+    roots, seen = [normalized.square().sum(dims), projected.square().sum(dims)], squares
+    if partial and (tensor or not right):
+        *roots, seen = yield from _summed(*roots, squares.sum(1) if tensor else squares)
+        seen = seen[:, None] if tensor else seen
+    scales = roots[0].sqrt() / (roots[1].sqrt() + NORM_EPS)
+    if tensor:
+        scales = scales[:, None]
+    norm_squares = (scales.square() * seen).sum(1)
+    if partial and right and not tensor:
+        norm_squares, seen = yield from _summed(norm_squares, squares.sum(1))
+    return scales.expand_as(squares), norm_squares, seen
+
+
+def _limited(scales: Tensor, norm_squares: Tensor, norms: Tensor, rule: ApolloRule) -> Tensor:
+    """Return the channels' factors, limited in growth, and write the updates' norms."""
+    new = norm_squares.sqrt()
     if rule.growth_limit is not None:
         known = (norms >= TINY_NORM) & norms.isfinite()
         growth = new / (norms + NORM_EPS)

@@ -107,9 +107,29 @@ def sides_of(shape: tuple[int, ...], rank: int, proj_type: str, conv: bool) -> S
     return Sides(matrices, channels, contracted, right, min(rank, contracted), rank < contracted)
 
 
-def moment_shape(shape: tuple[int, ...], rule: ApolloRule) -> tuple[int, ...]:
-    """Return the shape of the projected gradient and of its moments: [..., m, r] or [..., r, n] of an m x n matrix."""
-    sides = sides_of(shape, rule.rank, rule.proj_type, rule.conv)
+def piece_sides(shape: tuple[int, ...], rows: int, rule: ApolloRule) -> tuple[Sides, Sides]:
+    """Return how matrices of so many rows are projected, and what of that is where some rows are, of this shape."""
+    *outer, here, columns = shape
+    whole = sides_of((*outer, rows, columns), rule.rank, rule.proj_type, rule.conv)
+    if whole.right:
+        return whole, whole._replace(channels=here)
+    return whole, whole._replace(contracted=here, rank=whole.rank if whole.projected else here)
+
+
+def takes_pieces(rule: ApolloRule, triton: bool) -> bool:
+    """Say whether `apollo_update_` takes matrices whose rows are in several processes."""
+    return not rule.conv and not triton
+
+
+def moment_shape(shape: tuple[int, ...], rule: ApolloRule, rows: int | None = None) -> tuple[int, ...]:
+    """Return the shape of the projected gradient and of its moments: [..., m, r] or [..., r, n] of an m x n matrix.
+
+    rows: of the whole matrices, where the shape is that of some of their rows.
+    """
+    if rows is None:
+        sides = sides_of(shape, rule.rank, rule.proj_type, rule.conv)
+    else:
+        _, sides = piece_sides(shape, rows, rule)
     if not sides.projected:
         return shape
     outer = () if rule.conv else shape[:-2]
