@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from ..pieces import MAX_GROUPS as PIECE_GROUPS
 from ..pieces import RowPieces, RowPlace
 from ..schedules import SMALL_TILES, Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout, collapse
@@ -143,7 +144,7 @@ class _Row(Row):
             last = m
         whole = Piece(n, RowPlace(0, max(n, 1), 0), 0, 0) if piece is None else piece
         blocks = -(-n // tile.rows)
-        groups = max(1, min(blocks, MAX_GROUPS // matrices))
+        groups = max(1, min(blocks, (MAX_GROUPS if piece is None else PIECE_GROUPS) // matrices))
         group_rows = max(1, -(-blocks // groups)) * tile.rows
         groups = max(1, -(-n // group_rows))
         tiles = blocks * -(-m // tile.cols)

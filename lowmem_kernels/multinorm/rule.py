@@ -70,7 +70,7 @@ def steps_of(norms: tuple[str, ...]) -> Steps:
 def keeps_elements(rule: NormRule) -> bool:
     """Say whether a NaN stops only what it reaches: a single norm of lines or elements has no sum over all of them."""
     steps = steps_of(rule.norms)
-    return len(steps.half) + steps.sign <= 1 and not steps.frobenius and not rule.row_threshold
+    return len(steps.half) <= 1 and not steps.frobenius and not rule.row_threshold
 
 
 class Sweep(NamedTuple):

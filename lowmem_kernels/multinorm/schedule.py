@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims, matrix_shape
+from ..pieces import MAX_GROUPS as PIECE_GROUPS
 from ..pieces import RowPieces, RowPlace
 from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
@@ -226,7 +227,7 @@ class _Row(Row):
         if not numel and piece is None:
             matrices, lines = 1, 0
         whole = Piece(lines, RowPlace(0, max(lines, 1), 0), 0, 0) if piece is None else piece
-        cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS)
+        cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS if piece is None else PIECE_GROUPS)
         shares = cut.tickets // cut.groups
         slabs = max(1, -(-length // SLAB)) if cut.batch == 1 else 1
         self._tickets = cut.tickets

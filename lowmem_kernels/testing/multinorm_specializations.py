@@ -8,7 +8,7 @@ from typing import Any
 
 import triton.language as tl
 
-from ..multinorm.kernels import _multinorm_kernel
+from ..multinorm.kernels import _multinorm_kernel, _multinorm_sums_kernel
 from ..multinorm.launch import plan_multinorm, rule_arguments
 from ..multinorm.rule import NormRule, keeps_elements
 from ..multinorm.schedule import route_of
@@ -63,6 +63,22 @@ def multinorm_cases(warp_size: int) -> Iterator[CompileCase]:
     signature = {**_SIGNATURE, "sums_ptr": "*fp32"}
     pointers = (*pieces.divisible_by_16, "sums_ptr")
     yield replace(pieces, signature=signature, constexprs=constexprs, divisible_by_16=pointers)
+
+
+def sums_case(warp_size: int) -> CompileCase:
+    """Return the specialization that leaves the sums of pieces, apart: it has no tiles."""
+    signature = {
+        "table_ptr": "*i64", "scratch_ptr": "*fp32", "sums_ptr": "*fp32", "found_inf": "*fp32",
+        **dict.fromkeys(("segments_start", "rows_start", "first_ticket"), "i32"),
+    }  # fmt: skip
+    return CompileCase(
+        name="multinorm-sums",
+        kernel=_multinorm_sums_kernel,
+        signature=signature,
+        constexprs={"CROSS": True},
+        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
+        options={"num_warps": 4, "enable_fp_fusion": False},
+    )
 
 
 def whole_case(warp_size: int) -> CompileCase:

@@ -10,9 +10,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
+from lowmem_kernels import choose
 from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, projection_matrix
 from lowmem_kernels.projection.checks import check_draw, check_rule
-from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of
+from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of, takes_pieces
 
 from .base import StateDict
 from .buckets import OWN_RULE, Bucket
@@ -184,6 +185,10 @@ class APOLLO(RoutedOptimizer):
                 steps += moves
             epoch += due
 
+    def takes_pieces_of_matrices(self, bucket: Bucket) -> bool:
+        triton = choose(bucket.group["backend"], (bucket.params[0], bucket.grads[0])) == "triton"
+        return takes_pieces(self.rule(bucket.group), triton) and bucket.pieces() is not None
+
     def update_matrices(self, bucket: Bucket) -> None:
         group = bucket.group
         epoch = group["epoch"].to(bucket.device, non_blocking=True)
@@ -199,6 +204,7 @@ class APOLLO(RoutedOptimizer):
             weight_decay=group["weight_decay"],
             rule=self.rule(group),
             draw=Draw(group["source"], group["seed"], bucket.uids, epoch),
+            pieces=bucket.pieces(),
             **bucket.options(),
         )
 

@@ -1,8 +1,11 @@
 """The multi-normalization kernel compiles for every target: registers, 16-byte accesses, 64-bit addresses."""
 
+import pytest
+
 from compiling import IS_OLDEST, chosen, compiled, inspected, over
 from lowmem_kernels.multinorm.fields import SLAB
-from lowmem_kernels.testing.aot import TARGETS, narrow_offsets
+from lowmem_kernels.testing.aot import TARGETS, compile_case, inspect_kernel, narrow_offsets
+from lowmem_kernels.testing.multinorm_specializations import sums_case
 
 #: A case takes five seconds to compile: those that differ least from others are left to `make report`, and targets
 #: other than the H100's compile what differs most.
@@ -60,6 +63,13 @@ def test_tiles_are_accessed_in_16_bytes(target, name):
     assert report.stores[128] >= written // 128, report
     # and no tile element by element
     assert report.narrow_loads(32) == report.narrow_stores(32) == 0, report
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_sums_of_pieces_fit_in_registers(target):
+    report = inspect_kernel(compile_case(sums_case(TARGETS[target].warp_size), target), target)
+    assert not report.spilled, report
+    assert report.occupancy >= 0.25, report
 
 
 @every_case

@@ -67,6 +67,18 @@ def test_without_the_policy_a_nan_spreads(name):
     assert bucket.params[PLACES["odd_matrix"]].isnan().any()
 
 
+def test_signs_before_rows_keep_the_row_that_a_bad_element_reaches():
+    """There is no sum over the matrix that would show it."""
+    p, g, skipped = torch.ones(3, 4), torch.ones(3, 4), torch.tensor(0)
+    g[1, 2] = float("nan")
+    transform = GradTransform(skipped=skipped)
+    sinkhorn_update_(
+        [p], [g], [torch.zeros(())], lr=0.1, weight_decay=0.0, rule=NormRule(("sign", "row")), transform=transform
+    )
+    assert torch.equal(p, torch.tensor([[0.9], [1.0], [0.9]]).expand(3, 4))
+    assert skipped == 4
+
+
 @pytest.mark.parametrize("name", [name for name in WHOLE if "sign" not in RULES[name].norms])
 def test_a_sum_of_squares_that_overflows_is_not_lost(name):
     """Its norm is Inf in fp32, so that the row would vanish, or the rest of its column."""
