@@ -126,7 +126,7 @@ def rehearse(choices: list[Choice], config: TrainConfig, text: Text) -> None:
                 fuse(shared, optimizer, config)
             loss_of(shared, batch.tokens, batch.targets).backward()
             optimizer.step()
-        except RuntimeError as error:  # a backend that cannot run here
+        except (RuntimeError, TypeError) as error:  # a backend that cannot run here, or shards that are not taken
             raise ValueError(f"{choice.name}: {error}") from error
 
 

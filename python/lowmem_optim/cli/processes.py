@@ -1,20 +1,24 @@
 """Several processes on this machine that train one model: each sees its share of every batch."""
 
+import multiprocessing
 import os
 import pickle
 import signal
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
+from multiprocessing.synchronize import Event
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.multiprocessing import ProcessExitedException, ProcessRaisedException
+from torch.multiprocessing import ProcessContext, ProcessExitedException, ProcessRaisedException
 
 from lowmem_optim.cli.data import Batch
 from lowmem_optim.cli.model import ByteModel
@@ -62,35 +66,47 @@ class Processes:
 ALONE = Processes()
 
 
+class RefusedError(ValueError):
+    """Some process cannot do what is asked for; the message says all there is to say."""
+
+
 def check_processes(count: int, batch_size: int, device: str) -> None:
     """Raises ValueError unless the batch can be shared out and every process has a device of its own."""
     if batch_size % count:
-        raise ValueError(f"{count} does not divide --batch-size {batch_size}; each process takes as many sequences")
-    if device.startswith("cuda") and count > torch.cuda.device_count():
-        raise ValueError(f"{count} is more than this machine's {torch.cuda.device_count()} GPUs, of which each has one")
+        allowed = ", ".join(str(n) for n in range(1, batch_size + 1) if batch_size % n == 0)
+        raise ValueError(f"{count} does not divide --batch-size {batch_size}; allowed: {allowed}")
+    if device.startswith("cuda") and count > 1:
+        gpus = torch.cuda.device_count()
+        if count > gpus:
+            raise ValueError(f"{count} is more than the GPUs here, of which each process has one; allowed: 1 to {gpus}")
+        if device != "cuda:0":
+            raise ValueError(f"{count} with --device {device}, which is one GPU; allowed: 1, or --device cuda")
 
 
-def run_in(count: int, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns what ``work(rank, *arguments)`` returns in the first of several processes that form a process group.
+def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:
+    """Returns what ``work(rank, check_in, *arguments)`` returns in the first of processes that form a process group.
 
-    Where one fails, the others are stopped, and RuntimeError says what it said. Ctrl-C reaches them as it does this
-    process, which waits for what the first makes of it.
+    They all call ``check_in()`` now and then; after Ctrl-C it raises KeyboardInterrupt in all of them. A second Ctrl-C
+    stops them at once. Where one fails, the others are stopped, and RuntimeError says what it said, or RefusedError
+    where it raised that.
     """
     with tempfile.TemporaryDirectory() as folder:
-        result = Path(folder, "result")
-        context = torch.multiprocessing.spawn(_work, (count, Path(folder), work, arguments), nprocs=count, join=False)
+        interrupted = multiprocessing.get_context("spawn").Event()
+        details = (count, device, Path(folder), interrupted, work, arguments)
+        with _unheard_by_others():
+            context = torch.multiprocessing.spawn(_work, details, nprocs=count, join=False)
         assert context is not None
-        done = False
-        while not done:
-            try:
-                done = context.join()
-            except KeyboardInterrupt:
-                continue
-            except (ProcessRaisedException, ProcessExitedException) as error:
-                if not result.exists():
-                    raise RuntimeError(f"a process has failed: {str(error).strip()}") from error
-                break  # interrupted: the first has left, and others were waiting for it
-        return pickle.loads(result.read_bytes())
+        try:
+            _wait(context, interrupted)
+        except (ProcessRaisedException, ProcessExitedException) as error:
+            refusal = Path(folder, f"refusal-{error.error_index}")
+            if refusal.exists():
+                raise RefusedError(refusal.read_text(encoding="utf-8")) from error
+            raise RuntimeError(f"a process has failed: {str(error).strip()}") from error
+        finally:
+            for process in context.processes:
+                process.kill()
+        return pickle.loads(Path(folder, "result").read_bytes())
 
 
 def device_of(device: str, rank: int) -> str:
@@ -98,30 +114,64 @@ def device_of(device: str, rank: int) -> str:
     return f"cuda:{rank}" if device.startswith("cuda") else device
 
 
-def _work(rank: int, count: int, folder: Path, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+@contextmanager
+def _unheard_by_others() -> Iterator[None]:
+    """Ctrl-C reaches this process, but none of those that it starts here."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+
+
+def _wait(context: ProcessContext, interrupted: Event) -> None:
+    done = False
+    while not done:
+        try:
+            done = context.join()
+        except KeyboardInterrupt:
+            if interrupted.is_set():
+                raise
+            interrupted.set()
+
+
+def _check_in(interrupted: Event) -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    # together, so that none waits for one that has left
+    leave = torch.tensor(interrupted.is_set() or not parent.is_alive(), dtype=torch.int32)
+    dist.all_reduce(leave)
+    if leave:
+        raise KeyboardInterrupt
+
+
+def _work(
+    rank: int,
+    count: int,
+    device: str,
+    folder: Path,
+    interrupted: Event,
+    work: Callable[..., Any],
+    arguments: tuple[Any, ...],
+) -> None:
     torch.set_num_threads(max(1, torch.get_num_threads() // count))
-    gpu = torch.cuda.is_available()
+    gpu = device.startswith("cuda")
     if gpu:
         torch.cuda.set_device(rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if gpu else "gloo",
         init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=PATIENCE,
     )  # fmt: skip
-    interrupted = []
-
-    def interrupt(*_: object) -> None:
-        interrupted.append(True)
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGINT, interrupt)
-    result = work(rank, *arguments)
+    try:
+        result = work(rank, partial(_check_in, interrupted), *arguments)
+    except RefusedError as error:
+        Path(folder, f"refusal-{rank}").write_text(str(error), encoding="utf-8")
+        raise
     if rank == 0:
-        Path(folder, "part").write_bytes(pickle.dumps(result))
-        Path(folder, "part").rename(Path(folder, "result"))
-    if not interrupted:
-        # nobody leaves before all are done; after Ctrl-C they are not where they would meet
-        dist.barrier()
-        dist.destroy_process_group()
+        Path(folder, "result").write_bytes(pickle.dumps(result))
+    # nobody leaves before all are done
+    dist.barrier()
+    dist.destroy_process_group()
     sys.stdout.flush()
     sys.stderr.flush()
     # gloo's threads now and then abort an interpreter that shuts down around them

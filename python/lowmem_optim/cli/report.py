@@ -10,7 +10,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_optim.cli.loop import Run
+from lowmem_optim.cli.loop import Run, TrainConfig
 
 ABSENT = "–"
 MIB = 2**20
@@ -25,6 +25,10 @@ TIME_NOTE = (
     "median over all steps; the optimizer's step includes gradient clipping, fused into it or not; "
     "where the update is fused into the backward pass, it is in the whole step only"
 )
+PROCESS_NOTES = {
+    "fsdp2": "optimizer state and gradients are what all have together; peak memory and times are those of the first",
+    "ddp": "optimizer state and gradients are what each has; peak memory and times are those of the first",
+}
 
 # figure, row label and number format, in the table's order
 ROWS: list[tuple[str, str, Callable[[float], str]]] = [
@@ -80,14 +84,16 @@ def comparison(runs: list[Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
     return table
 
 
-def notes(device: str) -> list[str]:
-    """What the table's footnotes say for figures measured on a device such as `cpu` or `cuda:0`."""
-    return [f"¹ {PEAK_NOTES[device.partition(':')[0]]}", f"² {TIME_NOTE}"]
+def notes(config: TrainConfig) -> list[str]:
+    """What the table's footnotes say, which depends on the device and on the processes."""
+    found = [f"¹ {PEAK_NOTES[config.device.partition(':')[0]]}", f"² {TIME_NOTE}"]
+    count, sharding = config.processes.count, config.processes.sharding
+    return found if count == 1 else [*found, f"{count} processes: {PROCESS_NOTES[sharding]}"]
 
 
-def write_markdown(path: Path, runs: list[Run], device: str) -> None:
+def write_markdown(path: Path, runs: list[Run], config: TrainConfig) -> None:
     """Writes the comparison with its footnotes."""
     console = Console(width=60 + 40 * len(runs), file=StringIO())  # wide enough that no cell wraps
     with console.capture() as capture:
         console.print(comparison(runs, box.MARKDOWN))
-    path.write_text("\n\n".join([capture.get().strip(), *notes(device)]) + "\n", encoding="utf-8")
+    path.write_text("\n\n".join([capture.get().strip(), *notes(config)]) + "\n", encoding="utf-8")

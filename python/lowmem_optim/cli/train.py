@@ -1,6 +1,7 @@
 """`lowmem train`: trains a small language model with several optimizers and compares them."""
 
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
@@ -94,7 +95,12 @@ def train_command(
     seed: Annotated[int, option(TRAINING, "Seed of the parameters and of the batches.", min=0)] = 0,
     device: Annotated[str, option(PLACE, "Where to train.", metavar="auto|cpu|cuda|cuda:N")] = "auto",
     nproc: Annotated[
-        int, option(PLACE, "Processes that train together, each on a GPU of its own, or on the CPU.", min=1)
+        int,
+        option(
+            PLACE,
+            "Processes that share each batch: a divisor of --batch-size. Each has a GPU of its own, or all the CPU.",
+            min=1,
+        ),
     ] = 1,
     sharding: Annotated[
         Literal["fsdp2", "ddp"] | None,
@@ -114,7 +120,7 @@ def train_command(
     from lowmem_optim.cli import loop, registry
     from lowmem_optim.cli.data import load_text
     from lowmem_optim.cli.model import ModelConfig
-    from lowmem_optim.cli.processes import Processes, check_processes, run_in
+    from lowmem_optim.cli.processes import Processes, RefusedError, check_processes, run_in
 
     if compare is None and optimizer is None:
         compare = [*DEFAULT_COMPARISON]
@@ -177,9 +183,11 @@ def train_command(
     else:
         config = replace(config, processes=Processes(nproc, sharding or "fsdp2"))
         try:
-            runs = run_in(nproc, _train_with_others, choices, config, text)
+            runs = run_in(nproc, device, _train_with_others, choices, config, text)
+        except RefusedError as error:
+            raise typer.BadParameter(str(error), param_hint="'--sharding'") from error
         except RuntimeError as error:
-            console.print(error, style="red", highlight=False, markup=False)
+            console.print(error, style="red", soft_wrap=True, highlight=False, markup=False)
             raise typer.Exit(PROCESS_FAILED) from error
     _report(runs, config, text, folder, console)
     if runs[-1].status == "interrupted":
@@ -188,29 +196,44 @@ def train_command(
         raise typer.Exit(ALL_DIVERGED)
 
 
-def _train_with_others(rank: int, choices: "list[Choice]", config: "TrainConfig", text: "Text") -> "list[Run]":
+def _train_with_others(
+    rank: int, check_in: Callable[[], None], choices: "list[Choice]", config: "TrainConfig", text: "Text"
+) -> "list[Run]":
     """What each of several processes does. Only the first is heard."""
     from lowmem_optim.cli import loop
-    from lowmem_optim.cli.processes import device_of
+    from lowmem_optim.cli.processes import RefusedError, device_of
 
     with open(os.devnull, "w", encoding="utf-8") as nowhere:
         console = Console() if rank == 0 else Console(file=nowhere)
         own = replace(config, device=device_of(config.device, rank))
-        # what is paid once per process, as in `rehearse` before
-        loop.rehearse(choices, own, text)
-        return _train_all(choices, own, text, console)
+        try:
+            loop.rehearse(choices, own, text)
+        except ValueError as error:  # of shards or copies, since the command's own rehearsal went well
+            raise RefusedError(f"{config.processes.sharding} with {error}") from error
+        return _train_all(choices, own, text, console, check_in)
 
 
-def _train_all(choices: "list[Choice]", config: "TrainConfig", text: "Text", console: Console) -> "list[Run]":
-    """A run for each optimizer, up to the one that was interrupted."""
+def _train_all(
+    choices: "list[Choice]",
+    config: "TrainConfig",
+    text: "Text",
+    console: Console,
+    check_in: Callable[[], None] = lambda: None,
+) -> "list[Run]":
+    """A run for each optimizer, up to the one that was interrupted; calls `check_in` after each step."""
     from lowmem_optim.cli import loop
     from lowmem_optim.cli.progress import Display
 
     console.print(_summary(config, text), highlight=False)
     runs: list[Run] = []
     with Display(console, config.steps) as display:
+
+        def show(run: "Run") -> None:
+            display.show(run)
+            check_in()
+
         for choice in choices:
-            run = loop.train(choice, config, text, display.show)
+            run = loop.train(choice, config, text, show)
             runs.append(run)
             if run.status == "diverged":
                 steps = len(run.training_loss)
@@ -226,10 +249,10 @@ def _report(runs: "list[Run]", config: "TrainConfig", text: "Text", folder: Path
     from lowmem_optim.cli.report import comparison, notes, write_markdown
 
     console.print(comparison(runs))
-    for note in notes(config.device):
+    for note in notes(config):
         console.print(note, highlight=False)
     table, plot, record = folder / "table.md", folder / "loss.png", folder / "record.json"
-    write_markdown(table, runs, config.device)
+    write_markdown(table, runs, config)
     write_record(record, config, text, runs)
     draw(plot, runs, _summary(config, text))
     for path in (table, plot, record):
