@@ -90,14 +90,12 @@ def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -
     stops them at once. Where one fails, the others are stopped, and RuntimeError says what it said, or RefusedError
     where it raised that.
     """
-    with tempfile.TemporaryDirectory() as folder:
-        interrupted = multiprocessing.get_context("spawn").Event()
-        details = (count, device, Path(folder), interrupted, work, arguments)
-        with _unheard_by_others():
-            context = torch.multiprocessing.spawn(_work, details, nprocs=count, join=False)
-        assert context is not None
+    interrupted = multiprocessing.get_context("spawn").Event()
+    with tempfile.TemporaryDirectory() as folder, _hearing_interrupts(interrupted):
+        context = _start(count, interrupted, device, Path(folder), work, arguments)
         try:
-            _wait(context, interrupted)
+            while not context.join():
+                pass
         except (ProcessRaisedException, ProcessExitedException) as error:
             refusal = Path(folder, f"refusal-{error.error_index}")
             if refusal.exists():
@@ -115,24 +113,33 @@ def device_of(device: str, rank: int) -> str:
 
 
 @contextmanager
-def _unheard_by_others() -> Iterator[None]:
-    """Ctrl-C reaches this process, but none of those that it starts here."""
-    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+def _hearing_interrupts(interrupted: Event) -> Iterator[None]:
+    """Ctrl-C sets the event; a second one raises KeyboardInterrupt."""
+    heard: list[bool] = []
+
+    def hear(*_: object) -> None:
+        if heard:
+            raise KeyboardInterrupt
+        heard.append(True)
+        interrupted.set()
+
+    handler = signal.signal(signal.SIGINT, hear)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, handler)
 
 
-def _wait(context: ProcessContext, interrupted: Event) -> None:
-    done = False
-    while not done:
-        try:
-            done = context.join()
-        except KeyboardInterrupt:
-            if interrupted.is_set():
-                raise
-            interrupted.set()
+def _start(count: int, interrupted: Event, *details: Any) -> ProcessContext:
+    # those who start now never hear Ctrl-C, and here it waits. The event is older: with it came multiprocessing's
+    # tracker of resources, whose start would end that
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        context = torch.multiprocessing.spawn(_work, (count, interrupted, *details), nprocs=count, join=False)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+    assert context is not None
+    return context
 
 
 def _check_in(interrupted: Event) -> None:
@@ -148,9 +155,9 @@ def _check_in(interrupted: Event) -> None:
 def _work(
     rank: int,
     count: int,
+    interrupted: Event,
     device: str,
     folder: Path,
-    interrupted: Event,
     work: Callable[..., Any],
     arguments: tuple[Any, ...],
 ) -> None:
