@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lowmem_optim import CAME
 from optim.sharded import CHECKPOINTED, Model, assert_same_numbers, state_dicts
@@ -108,11 +109,14 @@ def test_a_process_killed_in_a_save_leaves_the_last_checkpoint(tmp_path):
     assert codes[0] != 0, "the other process believes that the checkpoint is there"
     assert (tmp_path / "first" / ".metadata").exists()
     assert any((tmp_path / "second").iterdir())
+    # by which the example tells what is complete
     assert not (tmp_path / "second" / ".metadata").exists()
 
     model = Model(None, None, fill=0.0)
     optimizer = CAME(model.named_parameters(), lr=1e-2)
     states = state_dicts(model, optimizer)
+    with pytest.raises(CheckpointException, match="metadata"):
+        dcp.load(states, checkpoint_id=tmp_path / "second", no_dist=True)
     dcp.load(states, checkpoint_id=tmp_path / "first", no_dist=True)
     model.load(optimizer, states)
     model.step(optimizer, 2)
