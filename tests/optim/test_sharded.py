@@ -40,7 +40,7 @@ def started(processes, folder, worker):
         for rank in range(processes)
     ]
     try:
-        outputs = [process.communicate(timeout=240)[0] for process in running]
+        outputs = [process.communicate(timeout=600)[0] for process in running]
     finally:
         for process in running:
             process.kill()
@@ -52,6 +52,7 @@ def run(processes, folder):
     assert codes == [0] * processes, outputs
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_two_and_four_processes_equal_one(tmp_path):
     """One test, since four processes, and then this one, carry on from the checkpoints of two."""
