@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
-from operator import is_
-from typing import Any, ClassVar, NamedTuple, Protocol, overload
+from typing import Any, ClassVar, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +14,7 @@ from lowmem_kernels import GradTransform, choose
 from lowmem_kernels.numerics import PARAM_DTYPES, name_of
 from lowmem_kernels.tensors import Gradients
 
-from .buckets import OWN_RULE, Bucket, Part, facts_of
+from .buckets import OWN_RULE, Bucket, Known, Member, Part, facts_of, narrow_parts, same_objects
 from .checkpoint import Foreign, converted_state, renamed, uid_of
 from .checks import COMMON_DEFAULTS, CommonOptions, check_common, check_lr, check_names, check_param
 from .clipping import on_device, stats_of_all, with_stats
@@ -24,15 +23,6 @@ from .pieces import Dims, dims_by_name, new_pieces, stand_in
 from .sharding import check_placements, check_sharding, is_sharded, placing
 
 StateDict = dict[str, Any]
-
-
-class Member(NamedTuple):
-    """A parameter, its group and its place there; the identity is its name, or without names its position among all."""
-
-    group: dict[str, Any]
-    place: int
-    param: Tensor
-    identity: str | int
 
 
 class FusedUpdates(Protocol):
@@ -46,15 +36,6 @@ class FusedUpdates(Protocol):
 
     def watch(self) -> None:
         """See to parameters that are new."""
-
-
-class Known(NamedTuple):
-    """The buckets that parameters with a gradient were sorted into, and what they depend on."""
-
-    objects: list[object]
-    facts: tuple[list[Any], ...]
-    buckets: list[Bucket]
-    places: list[list[int]]
 
 
 class LowMemOptimizer(Optimizer):
@@ -207,7 +188,7 @@ class LowMemOptimizer(Optimizer):
         # what a bucket depends on. Tensors and states are compared by identity
         objects = [*params, *self.param_groups, *states()]
         facts, local_grads = facts_of(self.param_groups, params, grads)
-        if known is None or known.facts != facts or not _same_objects(known.objects, objects):
+        if known is None or known.facts != facts or not same_objects(known.objects, objects):
             buckets, places = self._make_buckets(members(), grads)
             # states may have been made just now
             objects = [*params, *self.param_groups, *states()]
@@ -237,7 +218,7 @@ class LowMemOptimizer(Optimizer):
             state = self.state[member.param] or self.make_state(member)
             # a loaded checkpoint may have state of another dtype than a new parameter's
             one = (member.group, member.param, state, part, position)
-            members.setdefault((kind, *_narrow_parts(state)), []).append(one)
+            members.setdefault((kind, *narrow_parts(state)), []).append(one)
         buckets, places = [], []
         for each in members.values():
             groups, params, states, parts, positions = zip(*each, strict=True)
@@ -405,15 +386,6 @@ class LowMemOptimizer(Optimizer):
         finally:
             for hook in hooks:
                 hook.remove()
-
-
-def _same_objects(some: list[object], others: list[object]) -> bool:
-    return len(some) == len(others) and all(map(is_, some, others))
-
-
-def _narrow_parts(state: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
-    """What of a state is not float32. Other parts may be there or not: a vector goes along with matrices."""
-    return [(k, v.dtype) for k, v in state.items() if type(v) is not int and v.dtype is not torch.float32]
 
 
 def _place_lr(group: dict[str, Any]) -> None:

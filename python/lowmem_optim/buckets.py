@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from operator import is_
 from typing import Any, NamedTuple, TypeVar
@@ -45,6 +45,15 @@ class Part(NamedTuple):
     def key(self, name: str) -> str:
         """Return the key of this part's state."""
         return f"{name}.{self.number}" if self.number else name
+
+
+class Member(NamedTuple):
+    """A parameter, its group and its place there; the identity is its name, or without names its position among all."""
+
+    group: dict[str, Any]
+    place: int
+    param: Tensor
+    identity: str | int
 
 
 class Bucket:
@@ -145,6 +154,15 @@ class Bucket:
         }
 
 
+class Known(NamedTuple):
+    """The buckets that parameters with a gradient were sorted into, and what they depend on."""
+
+    objects: list[object]
+    facts: tuple[list[Any], ...]
+    buckets: list[Bucket]
+    places: list[list[int]]
+
+
 def facts_of(
     groups: list[dict[str, Any]], params: list[Tensor], grads: list[Tensor | None]
 ) -> tuple[tuple[list[Any], ...], Sequence[Tensor | None]]:
@@ -160,3 +178,13 @@ def facts_of(
     if any_sharded(params) or any_sharded(grads):
         facts += ([*map(placing, params)], [*map(placing, grads)])
     return facts, local_grads
+
+
+def same_objects(some: list[object], others: list[object]) -> bool:
+    """Say whether two lists have the same objects."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def narrow_parts(state: Mapping[str, Any]) -> list[tuple[str, torch.dtype]]:
+    """Return what of a state is not float32. Other parts may be there or not: a vector goes along with matrices."""
+    return [(k, v.dtype) for k, v in state.items() if type(v) is not int and v.dtype is not torch.float32]

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lowmem_kernels.device import stream_id
 
-from .base import Known, LowMemOptimizer, Member
-from .buckets import Bucket
+from .base import LowMemOptimizer
+from .buckets import Bucket, Known, Member
 
 #: Bytes of gradients of one launch, as of a bfloat16 matrix of 4096 x 4096. Its part of a backward pass over 4096
 #: tokens takes an H100 half a millisecond (275 GFLOP, computed), and a launch costs the host half of that.
