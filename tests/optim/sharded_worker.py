@@ -108,6 +108,13 @@ def sharded_run(config, mesh, placements):
     return whole, states, config.same_bits and not by_rows
 
 
+def same_in_all_processes(tensors):
+    flat = torch.cat([t.float().flatten() for t in tensors])
+    everywhere = [torch.empty_like(flat) for _ in range(SIZE)]
+    dist.all_gather(everywhere, flat)
+    assert_same_bits(everywhere, [flat] * SIZE)
+
+
 def equals_one_process(rows):
     """Without sums over processes all bits are the same; with them, float32 within the project's tolerance."""
     assert {config.optimizer for config in CONFIGS} == set(exported().values())
@@ -123,6 +130,8 @@ def equals_one_process(rows):
                     assert all(same_bits(torch.as_tensor(state[k]), torch.as_tensor(other[k])) for k in state)
             else:
                 assert_same_numbers(found, expected, starts(config.dtype), STEPS)
+                # of copies, each group of processes has put together its own
+                same_in_all_processes([*found, *(v for s in others for k, v in sorted(s.items()) if k != "uid")])
             rows.setdefault(config.name, {})[name] = "same bits" if bits else "within tolerance"
 
 
