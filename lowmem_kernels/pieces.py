@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .shards import Shard
-from .table import collapse
+from .table import shard_of_digits
 from .tickets import Order
 
 T = TypeVar("T")
@@ -55,8 +55,7 @@ class RowPieces:
             return None
         sizes = [math.prod(outer), n // run, run, m]
         strides = [self.rows[i] * m, distance * m, m, 1]
-        shard = Shard(first * m, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
-        return None if shard.is_range and first == 0 else shard
+        return shard_of_digits(first * m, sizes, strides)
 
 
 #: Order of the tickets of pieces: all of them take a phase in one launch, and the host adds up in between.

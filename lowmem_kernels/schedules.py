@@ -6,11 +6,12 @@ How a parameter is cut, and so the order of its sums, depends on its own shape o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .device import launching_on
@@ -142,6 +143,23 @@ def schedule_of(
         np.array(members), np.concatenate([tickets.values, np.array(values + dims, dtype=np.int64)]),
         tickets.segments_start, rows_start, tickets.launches, tickets.counters, scratch,
     )  # fmt: skip
+
+
+def phase_by_phase(
+    schedules: Sequence[Schedule], launches: Sequence[Callable[..., None]], device: torch.device
+) -> Callable[[int, Tensor], None]:
+    """Return what launches a phase of all schedules: (phase, sums_ptr).
+
+    ``launches`` are `launch_schedule` with all that each schedule needs besides. Counters are their own, since those
+    of other schedules are not 0 between two phases.
+    """
+    counts = [torch.zeros(schedule.counters, dtype=torch.int32, device=device) for schedule in schedules]
+
+    def launch_phase(phase: int, sums: Tensor) -> None:
+        for launch, own in zip(launches, counts, strict=True):
+            launch(sums_ptr=sums, counts=own, phase=phase)
+
+    return launch_phase
 
 
 def vectors(size: int) -> int:

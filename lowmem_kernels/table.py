@@ -213,6 +213,12 @@ def collapse(shape: Sequence[int], *strides: Sequence[int]) -> list[tuple[int, .
     return merged
 
 
+def shard_of_digits(first: int, sizes: Sequence[int], strides: Sequence[int]) -> Shard | None:
+    """Return the shard whose elements have digits of these sizes and strides; None: some of the first, in order."""
+    shard = Shard(first, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
+    return None if shard.is_range and first == 0 else shard
+
+
 def offsets_of(shape: Sequence[int], strides: Sequence[int]) -> np.ndarray:
     """Return the offsets in memory, in elements, of all elements in logical order: int64."""
     offsets = np.zeros(1, dtype=np.int64)

@@ -7,7 +7,7 @@ from factored_buckets import CAME, RULES
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.factored import confidence_update_, factored_update_
 from lowmem_kernels.numerics import parity_tolerance
-from pieces import Rows, random_tensors, together
+from pieces import Rows, random_tensors
 
 STEPS = 3
 
@@ -25,7 +25,7 @@ each_cut = pytest.mark.parametrize(
 class Run:
     """Parameters with their states, in one process, which has all rows of them or some."""
 
-    def __init__(self, dialect, shapes, dtype, cut=lambda tensor, dim: tensor.clone()):
+    def __init__(self, dialect, shapes, dtype, cut):
         self.options = dict(DIALECTS[dialect])
         self.is_came = dialect == "came"
         self.cut = cut
@@ -42,7 +42,7 @@ class Run:
             self.param_sums = [torch.tensor(float("nan")) for _ in shapes]
         self.skipped = torch.zeros((), dtype=torch.int64)
 
-    def step(self, grads, backend, pieces=None, **transform):
+    def step(self, grads, backend, pieces, **transform):
         options = {
             **self.options,
             "pieces": pieces,
@@ -61,18 +61,12 @@ class Run:
 
 def runs(dialect, rows, shapes, dtype, backend, change=lambda step, grads: grads, **transform):
     """(the run of one process, those of several, their meetings)."""
-    whole = Run(dialect, shapes, dtype)
-    for step in range(STEPS):
-        whole.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, **transform)
 
-    def work(rank, meetings):
-        run = Run(dialect, shapes, dtype, lambda tensor, dim: rows.piece(rank, tensor, dim))
-        pieces = rows.of(rank, shapes, meetings)
+    def all_steps(run, pieces):
         for step in range(STEPS):
             run.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, pieces, **transform)
-        return run
 
-    return whole, *together(rows.processes, work)
+    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
 
 
 def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):

@@ -6,7 +6,7 @@ import torch
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.multinorm import NormRule, sinkhorn_update_
 from lowmem_kernels.numerics import parity_tolerance
-from pieces import Rows, random_tensors, together
+from pieces import Rows, random_tensors
 
 STEPS = 2
 
@@ -47,14 +47,14 @@ def as_it_is(tensor):
 class Run:
     """Parameters with their momenta, in one process, which has all rows of them or some."""
 
-    def __init__(self, name, shapes, dtype, cut=torch.clone, arrange=as_it_is):
+    def __init__(self, name, shapes, dtype, cut, arrange):
         self.rule, self.cut = RULES[name][0], lambda tensor: arrange(cut(tensor))
         self.params = [self.cut(p) for p in random_tensors(shapes, dtype, 0)]
         self.exp_avgs = [torch.zeros(p.shape, dtype=dtype) for p in self.params] if self.rule.momentum else None
         self.steps = [torch.zeros(()) for _ in shapes]
         self.skipped = torch.zeros((), dtype=torch.int64)
 
-    def step(self, grads, backend, pieces=None, **transform):
+    def step(self, grads, backend, pieces, **transform):
         sinkhorn_update_(
             self.params,
             [self.cut(g) for g in grads],
@@ -72,18 +72,12 @@ class Run:
 
 def runs(name, rows, shapes, dtype, backend, change=lambda step, grads: grads, arrange=as_it_is, **transform):
     """(the run of one process, those of several, their meetings). Tensors lie in memory as ``arrange`` returns them."""
-    whole = Run(name, shapes, dtype, arrange=arrange)
-    for step in range(STEPS):
-        whole.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, **transform)
 
-    def work(rank, meetings):
-        run = Run(name, shapes, dtype, lambda tensor: rows.piece(rank, tensor), arrange)
-        pieces = rows.of(rank, shapes, meetings)
+    def all_steps(run, pieces):
         for step in range(STEPS):
             run.step(change(step, random_tensors(shapes, dtype, step + 1)), backend, pieces, **transform)
-        return run
 
-    return whole, *together(rows.processes, work)
+    return rows.runs(shapes, lambda cut: Run(name, shapes, dtype, cut, arrange), all_steps)
 
 
 def assert_pieces_do_what_the_whole_does(name, rows, shapes, backend, arrange=as_it_is):

@@ -113,6 +113,25 @@ class Rows:
             whole.index_copy_(dim % like.ndim, self.piece(rank, places, 0), part)
         return whole
 
+    def runs(
+        self, shapes: Sequence[Sequence[int]], make: Callable[..., Any], all_steps: Callable[..., Any]
+    ) -> tuple[Any, list[Any], Meetings]:
+        """(the run of one process, those of several, their meetings).
+
+        ``make(cut)`` makes a run, where ``cut(tensor, dim)`` leaves what its process has; ``all_steps(run, pieces)``
+        does its steps.
+        """
+
+        def work(rank: int, meetings: Meetings) -> Any:
+            run = make(lambda tensor, dim=-2: self.piece(rank, tensor, dim))
+            all_steps(run, self.of(rank, shapes, meetings))
+            return run
+
+        whole = make(lambda tensor, dim=-2: tensor.clone())
+        all_steps(whole, None)
+        several, meetings = together(self.processes, work)
+        return whole, several, meetings
+
     def of(self, rank: int, shapes: Sequence[Sequence[int]], meetings: Meetings) -> RowPieces:
         """As a process hands it to a verb."""
         return RowPieces(

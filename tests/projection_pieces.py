@@ -9,7 +9,7 @@ from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import parity_tolerance
 from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_
 from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of
-from pieces import Rows, random_tensors, together
+from pieces import Rows, random_tensors
 
 STEPS = 20
 
@@ -58,7 +58,7 @@ def numbers_summed(shape, rule):
 class Run:
     """Parameters with their states, in one process, which has all rows of them or some."""
 
-    def __init__(self, dialect, shapes, dtype, cut=lambda tensor: tensor.clone()):
+    def __init__(self, dialect, shapes, dtype, cut):
         self.rule, self.source = DIALECTS[dialect]
         self.cut = cut
         self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
@@ -85,17 +85,12 @@ class Run:
 def runs(dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, **transform):
     """(the run of one process, those of several, their meetings). Projections are redrawn in every seventh step."""
 
-    def all_steps(run, pieces=None):
+    def all_steps(run, pieces):
         for step in range(steps):
             grads = change(step, random_tensors(shapes, dtype, step + 1))
             run.step(grads, 1 + step // 7, backend, pieces, **transform)
-        return run
 
-    def work(rank, meetings):
-        run = Run(dialect, shapes, dtype, lambda tensor: rows.piece(rank, tensor))
-        return all_steps(run, rows.of(rank, shapes, meetings))
-
-    return all_steps(Run(dialect, shapes, dtype)), *together(rows.processes, work)
+    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
 
 
 def assert_same(rows, shapes, whole, several, steps, counts):

@@ -16,7 +16,7 @@ from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_a
 from ..device import device_facts
 from ..options import GradTransform, Rounding
 from ..pieces import TOGETHER, RowPieces, advance_empty
-from ..schedules import Shape, geometries_of, launch_schedule
+from ..schedules import Shape, geometries_of, launch_schedule, phase_by_phase
 from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
 from ..tickets import Order, plan_order
@@ -176,12 +176,11 @@ def _launch_phases(
     device: torch.device,
 ) -> None:
     """Launch phase after phase of all schedules, and add up over processes what some of them leave."""
-    counts = [torch.zeros(schedule.counters, dtype=torch.int32, device=device) for schedule in schedules]
+    launch_phase = phase_by_phase(schedules, launches, device)
     sums = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
     parts = iter(sums.split(sizes))
     for k, phase in enumerate(phases):
-        for launch, own in zip(launches, counts, strict=True):
-            launch(sums_ptr=sums, counts=own, phase=k)
+        launch_phase(k, sums)
         if phase in _SUMS:
             pieces.all_reduce(next(parts))
 

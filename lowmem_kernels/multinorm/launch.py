@@ -16,7 +16,7 @@ from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_a
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
 from ..pieces import TOGETHER, RowPieces, advance_empty
-from ..schedules import geometries_of, launch_schedule
+from ..schedules import geometries_of, launch_schedule, phase_by_phase
 from ..table import addresses, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
 from ..tickets import Order, plan_order
@@ -192,13 +192,12 @@ def _launch_phases(
 ) -> None:
     """Launch phase after phase of all schedules; after each read, add up over processes what it has left."""
     device = params[0].device
-    counts = [torch.zeros(schedule.counters, dtype=torch.int32, device=device) for schedule, _ in launched]
+    launch_phase = phase_by_phase([schedule for schedule, _ in launched], launches, device)
     sweeps, _ = sweeps_of(rule, "row")
     # the last read takes sums_ptr for a sign that these are pieces
     sums = torch.empty(1, dtype=torch.float32, device=device)
     for k, sweep in enumerate(sweeps):
-        for launch, own in zip(launches, counts, strict=True):
-            launch(sums_ptr=sums, counts=own, phase=2 * k)
+        launch_phase(2 * k, sums)
         sums = torch.zeros(sizes[sweep.sums], dtype=torch.float32, device=device)
         for schedule, scratch in launched:
             tickets = schedule.launches[2 * k + 1]
@@ -209,10 +208,8 @@ def _launch_phases(
                     first_ticket=tickets.start, CROSS=sweep.sums == "cross", num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
         pieces.all_reduce(sums)
-        for launch, own in zip(launches, counts, strict=True):
-            launch(sums_ptr=sums, counts=own, phase=2 * k + 1)
-    for launch, own in zip(launches, counts, strict=True):
-        launch(sums_ptr=sums, counts=own, phase=2 * len(sweeps))
+        launch_phase(2 * k + 1, sums)
+    launch_phase(2 * len(sweeps), sums)
 
 
 def rule_arguments(rule: NormRule, route: Route) -> dict[str, Any]:

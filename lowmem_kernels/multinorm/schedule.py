@@ -100,16 +100,6 @@ class MultinormSchedule(Schedule):
     route: Route
 
 
-def route_of_piece(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
-    """Return how some rows of a parameter are looked at: by rows, which are whole."""
-    m = geometry.shape[-1]
-    transposed = is_transposed(geometry, conv=False)
-    if geometry.strides is not None and not transposed:
-        return _route(Layout(False, True), True, True, m, rule)
-    along = geometry.shape[-2] if transposed else m
-    return _route(Layout(aligned and along % 8 == 0 and not transposed, False), True, not transposed, m, rule)
-
-
 def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = True) -> Route:
     """Return how a parameter is looked at: as a whole, if it is a single matrix that fits into a tile.
 
@@ -117,7 +107,7 @@ def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = T
     are taken where they are short enough (512 elements) that a tile of whole ones has 16 side by side, and save a read,
     or the others are too long to be held.
     """
-    route = _route_of_lines(geometry, aligned, rule)
+    route = _route_of_lines(geometry, aligned, rule, by_rows=bool(rule.row_threshold))
     matrices, n, m = matrix_shape(geometry.shape, rule.conv)
     lines, length = (n, m) if route.rows else (m, n)
     tile = Shape(1 << max(lines - 1, 0).bit_length(), _power(length))
@@ -127,15 +117,15 @@ def route_of(geometry: Geometry, aligned: bool, rule: NormRule, writes: bool = T
     return route
 
 
-def _route_of_lines(geometry: Geometry, aligned: bool, rule: NormRule) -> Route:
+def _route_of_lines(geometry: Geometry, aligned: bool, rule: NormRule, by_rows: bool) -> Route:
     _, n, m = matrix_shape(geometry.shape, rule.conv)
     transposed = is_transposed(geometry, rule.conv)
     if geometry.strides is not None and not transposed:
         return _route(Layout(False, True), True, True, m, rule)
     along, across = (n, m) if transposed else (m, n)
     layout = Layout(aligned and along % 8 == 0, False)
-    if rule.row_threshold:
-        # the norms of rows have to be known before anything else, which is provided for lines only
+    if by_rows:
+        # for a threshold the norms of rows have to be known before anything else, which is provided for lines only
         return _route(Layout(layout.aligned and not transposed, False), True, not transposed, m, rule)
     better = _reads(rule, transposed) < _reads(rule, not transposed) or _power(along) > LONGEST
     if better and layout.aligned and RESIDENT_ELEMENTS // _power(across) >= ACROSS:
@@ -198,7 +188,8 @@ def schedules_of(
         if pieces is None:
             kinds.setdefault(route_of(geometry, starts_aligned, rule, writes), []).append(i)
         elif pieces[i] is not None:
-            kinds.setdefault(route_of_piece(geometry, starts_aligned, rule), []).append(i)
+            # rows are what is whole in a process
+            kinds.setdefault(_route_of_lines(geometry, starts_aligned, rule, by_rows=True), []).append(i)
     limit = SCRATCH_BYTES if pieces is None else 1 << 62
     schedules = []
     for route, members in kinds.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lowmem_kernels.pieces import RowPlace
 from lowmem_kernels.shards import Shard
-from lowmem_kernels.table import collapse
+from lowmem_kernels.table import shard_of_digits
 
 #: (start, length) of indices along a dimension
 Range = tuple[int, int]
@@ -72,8 +72,7 @@ def shard_of(shape: Sequence[int], cuts: Sequence[Cut]) -> Shard | None:
         first += ranges[0][0] * stride
         sizes += [len(ranges), ranges[0][1]]
         strides += [stride * (ranges[-1][0] - ranges[-2][0]) if len(ranges) > 1 else 0, stride]
-    shard = Shard(first, tuple([(size, stride) for size, stride in collapse(sizes, strides)]))
-    return None if shard.is_range and first == 0 else shard
+    return shard_of_digits(first, sizes, strides)
 
 
 def row_place(rows: int, cuts: Sequence[Cut]) -> RowPlace:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import Replicate, distribute_tensor
@@ -24,7 +25,7 @@ from lowmem_optim import (
     SinkGD,
     TorchAdafactor,
 )
-from optim.tensors import values
+from optim.tensors import assert_same_bits, values
 
 #: Of up to 4 processes, some have nothing of most of these along one dimension or the other.
 SHAPES = [(8, 6), (16, 3, 5), (7, 5), (1, 6), (3, 4, 5), (5,), (0, 4), ()]
@@ -147,6 +148,23 @@ def assert_same_numbers(found, expected, started, steps):
             torch.testing.assert_close(b[differs], a[differs], rtol=2**-7, atol=1e-3)
         else:
             assert (a - b).norm() <= parity_tolerance(start, a, steps)
+
+
+def carries_on(config, folder, mesh, placements, **load):
+    """From the checkpoint that two processes have left, to where they went on."""
+    model = Model(mesh, placements, fill=0.0)
+    optimizer = config.make(model.named_parameters())
+    states = state_dicts(model, optimizer)
+    dcp.load(states, checkpoint_id=folder / config.name, **load)
+    model.load(optimizer, states)
+    for step in range(3, 6):
+        model.step(optimizer, step)
+    ends = [p.detach() if mesh is None else p.full_tensor() for p in model.parameters()]
+    expected = torch.load(folder / f"{config.name}.pt")
+    if config.row_sums:
+        assert_same_numbers(ends, expected, expected, 6)
+    else:
+        assert_same_bits(ends, expected)
 
 
 def state_dicts(model, optimizer):
