@@ -53,6 +53,11 @@ class Clipping:
         #: norm of the last pass, before clipping and of the unscaled loss, if it was needed
         self.norm: Tensor | None = None
         self.exact: Tensor | None = None
+        # here rather than in the first pass: torch.distributed.checkpoint loads only what it finds in the groups
+        if self._bounds_norm():
+            self._kept(NORM, 0.0)
+        if loss_scale == "dynamic":
+            self._kept(LOSS_SCALE, FIRST_SCALE)
 
     @property
     def _device(self) -> torch.device:

@@ -5,7 +5,8 @@ import warnings
 
 import pytest
 import torch
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim.lr_scheduler import LambdaLR
 
 from lowmem_optim import AdaLomo, AdamW, fuse_backward
@@ -92,25 +93,29 @@ def test_step_makes_state_and_drops_gradients_that_were_set_by_hand():
     assert_same_bits(model.parameters(), before)
 
 
-@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.1}])
-def test_distributed_checkpoint(options):
-    """It makes state by a step with zero gradients and lr = 0, and keeps the running norm with the groups."""
+@pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.1}, {"clip_grad_norm": 0.1, "loss_scale": "dynamic"}])
+def test_distributed_checkpoint(options, tmp_path):
+    """It makes state by a step with zero gradients and lr = 0, and keeps the running norm and the scale with the groups.
+
+    A file only fills what the groups have: the second model has taken no pass.
+    """
 
     def make():
         model = Net()
         optimizer = adalomo(model)
         return model, optimizer, fuse_backward(model, optimizer, **options)
 
-    (model, optimizer, _), (other, other_optimizer, _) = make(), make()
+    (model, optimizer, handle), (other, other_optimizer, other_handle) = make(), make()
     for step in range(3):
-        model.loss(step).backward()
-    state = get_optimizer_state_dict(model, optimizer)
-    other.load_state_dict(model.state_dict())
-    set_optimizer_state_dict(other, other_optimizer, state)
+        handle.backward(model.loss(step))
+    dcp.save(dict(zip("mo", get_state_dict(model, optimizer), strict=True)), checkpoint_id=tmp_path)
+    state = dict(zip("mo", get_state_dict(other, other_optimizer), strict=True))
+    dcp.load(state, checkpoint_id=tmp_path)
+    set_state_dict(other, other_optimizer, model_state_dict=state["m"], optim_state_dict=state["o"])
     assert_same_bits(other.parameters(), model.parameters())
     for step in range(3, 6):
-        model.loss(step).backward()
-        other.loss(step).backward()
+        handle.backward(model.loss(step))
+        other_handle.backward(other.loss(step))
     assert_same_bits(other.parameters(), model.parameters())
 
 
