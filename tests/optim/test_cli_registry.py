@@ -6,8 +6,9 @@ from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 import lowmem_optim
+from lowmem_optim.cli.defaults import DEFAULTS
 from lowmem_optim.cli.model import ByteModel, ModelConfig
-from lowmem_optim.cli.registry import LEARNING_RATES, choices, find, parse_options, require_taker
+from lowmem_optim.cli.registry import choices, find, parse_options, require_taker
 from optim.cases import exported
 
 
@@ -35,13 +36,13 @@ def test_names_in_any_case(name):
 @pytest.mark.usefixtures("own_optimizer")
 def test_own_optimizers_need_no_prefix():
     assert find("clipping").cls is Clipping
-    assert find("clipping").learning_rate == 0.25
+    assert find("clipping").default.lr == 0.25
     assert "helper" not in choices()
 
 
 def test_learning_rates_are_the_same_for_the_same_class_name():
-    assert find("torch.sgd").learning_rate == LEARNING_RATES["SGD"]
-    assert find("torch.rprop").learning_rate == 0.01  # not swept: the constructor's own
+    assert find("torch.sgd").default.lr == DEFAULTS["SGD"].lr
+    assert find("torch.rprop").default.lr == 0.01  # not swept: the constructor's own
 
 
 @pytest.mark.parametrize("name", sorted(name for name in choices() if name.startswith("torch.")))
@@ -98,9 +99,9 @@ def test_build_gives_each_optimizer_only_what_it_takes():
 def test_every_optimizer_of_this_package_takes_the_commands_schedule():
     for name in exported():
         choice = find(name)
-        optimizer = choice.build(nn.Linear(2, 2), lr=choice.learning_rate, options={})
+        optimizer = choice.build(nn.Linear(2, 2), lr=choice.default.lr, options={})
         LambdaLR(optimizer, lambda step: 0.5)
-        assert optimizer.param_groups[0]["lr"] == 0.5 * choice.learning_rate
+        assert optimizer.param_groups[0]["lr"] == 0.5 * choice.default.lr
 
 
 @pytest.mark.parametrize("name", ["sinkgd", "mngd"])

@@ -95,7 +95,7 @@ def test_step_makes_state_and_drops_gradients_that_were_set_by_hand():
 
 @pytest.mark.parametrize("options", [{}, {"clip_grad_norm": 0.1}, {"clip_grad_norm": 0.1, "loss_scale": "dynamic"}])
 def test_distributed_checkpoint(options, tmp_path):
-    """It makes state by a step with zero gradients and lr = 0, and keeps the running norm and the scale with the groups.
+    """It makes state by a step with zero gradients and lr = 0, and keeps the running norm and the scale, too.
 
     A file only fills what the groups have: the second model has taken no pass.
     """

@@ -2,13 +2,16 @@
 
 import json
 import random
+from itertools import count
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from lowmem_optim.cli import app, registry
+from lowmem_optim.cli import app
+from lowmem_optim.cli.defaults import DEFAULTS, Default
 from lowmem_optim.cli.progress import Display
+from lowmem_optim.cli.settings import FILE
 
 TINY = [
     *("--layers", "1", "--dim", "32", "--context", "16", "--batch-size", "2", "--device", "cpu"),
@@ -33,7 +36,8 @@ def train(tmp_path):
     text.write_text(" ".join(random.Random(0).choices(["low", "memory", "kernels", "train"], k=2000)))
 
     def run(*arguments, out="run"):
-        folder = tmp_path / out
+        # a folder that is in use is refused
+        folder = next(path for path in (tmp_path / (out + "-again" * n) for n in count()) if not (path / FILE).exists())
         result = CliRunner().invoke(app, ["train", *TINY, "--data", str(text), "--out", str(folder), *arguments])
         record = folder / "record.json"
         return result, json.loads(record.read_text()) if record.exists() else None
@@ -84,7 +88,7 @@ def test_naming_one_optimizer_trains_it_alone(train):
 def test_options_reach_the_optimizer_and_the_record(train):
     _, record = train(*PAIR, "--opt", "momentum=0.9", "--weight-decay", "0.5", "--lr", "0.125")
     assert record["config"]["options"] == {"momentum": 0.9, "weight_decay": 0.5}
-    assert [run["lr"] for run in record["runs"]] == [0.125, 0.125]
+    assert [(run["lr"], run["lr_source"]) for run in record["runs"]] == [(0.125, "--lr")] * 2
     assert record["runs"][1]["figures"]["state_bytes_per_parameter"] == 4  # momentum
 
 
@@ -131,7 +135,7 @@ def test_all_diverged(train):
 
 
 def test_one_diverged(train, tmp_path, monkeypatch):
-    monkeypatch.setitem(registry.LEARNING_RATES, "AdamW", 1e30)
+    monkeypatch.setitem(DEFAULTS, "AdamW", Default(1e30, "too high"))
     result, record = train(*PAIR)
     assert result.exit_code == 0, result.output
     assert [run["status"] for run in record["runs"]] == ["diverged", "finished"]
@@ -166,6 +170,15 @@ def test_interruption_keeps_what_was_measured(train, tmp_path, monkeypatch, step
         (["--fused-backward"], "'--fused-backward': torch.SGD cannot; name one of this package"),
         (["-o", "lomo", "--fused-backward", "--opt", "skip_nonfinite=step"], "Lomo: skip_nonfinite is 'step'"),
         (["--dim", "100"], "'--dim': 100 is not a multiple of 32"),
+        (["--sweep", "lr=1"], "'--sweep': 'lr=1' is not of the form key=value,value with several values"),
+        (["--sweep", "lr=1,2", "--lr", "1"], "'--sweep': 'lr' has one value already, by --lr"),
+        (["--sweep", "momentum=0,0.9", "--opt", "momentum=0"], "'momentum' has one value already, by --opt"),
+        (["--sweep", "betas=1,2"], "'--sweep': 'betas' is not an argument of torch.SGD"),
+        (["-o", "lomo", "--sweep", "clip_grad_norm=1,2"], "'clip_grad_norm' is the same for all; allowed: lr,"),
+        (["--sweep", "momentum=-1,0.5"], "momentum=-1): Invalid momentum value"),
+        (["--schedule", "cosin"], "'cosin' is not one of 'cosine', 'linear', 'constant', 'wsd'"),
+        (["--final-lr", "1.5"], "'--final-lr': "),
+        (["-c", "torch.sgd", "-o", "torch.sgd"], "'--compare': torch.SGD is there twice"),
         (["--warmup", "4"], "'--warmup': 4 is more than --steps 3"),
         (["--device", "tpu"], "'--device': 'tpu' is not available; this machine has cpu"),
         (["--data", "nowhere"], "'--data': nowhere does not exist"),
@@ -187,3 +200,46 @@ def test_output_folder_that_is_a_file(train, tmp_path):
     result, _ = train("-o", "torch.SGD", out="taken")
     assert result.exit_code == 2
     assert "'--out': cannot make the folder" in words(result.output)
+
+
+def test_a_folder_in_use_is_refused(train, tmp_path):
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / FILE).write_text("{}")
+    result = CliRunner().invoke(app, ["train", *TINY, "-o", "torch.SGD", "--out", str(tmp_path / "taken")])
+    assert result.exit_code == 2
+    assert "'--out': there is a training in" in words(result.output)
+    assert (tmp_path / "taken" / FILE).read_text() == "{}"
+
+
+def test_defaults_say_where_they_are_from():
+    output = words(CliRunner().invoke(app, ["train", "--defaults"], terminal_width=200).output)
+    assert "AdaLomo 0.05 validation loss on the default task: 0.02 1.728, 0.05 1.667, 0.1 1.804" in output
+    assert "torch.Rprop 0.01 the constructor's default; not tried on the default task" in output
+
+
+def test_sweep_of_one_argument(train, tmp_path):
+    """Optimizers by values; the comparison is that of the best of each."""
+    result, record = train(*PAIR, "--sweep", "lr=1e-4,1e-2,1e30", "--steps", "4", "--schedule", "constant")
+    assert result.exit_code == 0, result.output
+    runs = {(run["optimizer"], run["settings"]["lr"]): run for run in record["runs"]}
+    assert [key for key in runs] == [
+        (o, lr) for o in ("torch.AdamW", "torch.SGD") for lr in ("0.0001", "0.01", "1e+30")
+    ]
+    assert [run["lr_source"] for run in record["runs"]] == ["--sweep"] * 6
+    assert {lr for (_, lr), run in runs.items() if run["status"] == "diverged"} == {"1e+30"}
+    table = (tmp_path / "run" / "table.md").read_text()
+    losses = [runs["torch.SGD", lr]["figures"]["validation_loss"] for lr in ("0.0001", "0.01")]
+    assert losses[1] < losses[0]  # so that the mark can be wrong
+    assert f"| torch.SGD | {losses[0]:.4f} | **{losses[1]:.4f}** | diverged |" in " ".join(table.split())
+    assert "| torch.AdamW lr=0.01 | torch.SGD lr=0.01 |" in " ".join(table.split())
+    assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_of_two_arguments_equals_single_runs(train, tmp_path):
+    _, record = train("-o", "torch.SGD", "--sweep", "lr=0.1,0.2", "--sweep", "momentum=0,0.9")
+    pairs = [("0.1", "0"), ("0.1", "0.9"), ("0.2", "0"), ("0.2", "0.9")]
+    assert [tuple(run["settings"].values()) for run in record["runs"]] == pairs
+    _, single = train("-o", "torch.SGD", "--lr", "0.2", "--opt", "momentum=0.9")
+    assert record["runs"][3]["training_loss"] == single["runs"][0]["training_loss"]
+    assert len({tuple(run["training_loss"]) for run in record["runs"]}) == 4
+    assert "| lr / momentum | 0 | 0.9 |" in " ".join((tmp_path / "run" / "table.md").read_text().split())

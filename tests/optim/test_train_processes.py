@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -83,6 +84,28 @@ def test_copies_have_the_losses_of_one_process(train):
     assert [run["state_bytes"] for run in record["runs"]] == [run["state_bytes"] for run in alone["runs"]]
 
 
+def test_going_on_in_as_many_processes_or_one(train, tmp_path):
+    """With a constant rate, the first steps of a training do not know how many will follow."""
+    options = ["-o", "adalomo", "--nproc", "2", "--schedule", "constant", "--warmup", "0"]
+    options += ["--log-every", "1", "--eval-every", "1"]
+    _, whole = train(*options, "--steps", "5")
+    train(*options, "--steps", "3", out="2")
+    shutil.copytree(tmp_path / "2", tmp_path / "1")
+    for nproc in ("2", "1"):
+        settings = json.loads((tmp_path / nproc / "settings.json").read_text())
+        settings["arguments"] |= {"steps": 5, "nproc": int(nproc)}
+        (tmp_path / nproc / "settings.json").write_text(json.dumps(settings))
+        result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / nproc)])
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / nproc / "record.json").read_text())
+        if nproc == "1":
+            assert_same_losses(record, whole)
+            continue
+        for run, expected in zip(record["runs"], whole["runs"], strict=True):
+            for key in ("training_loss", "grad_norm", "update_rms", "state_bytes"):
+                assert run[key] == expected[key], key
+
+
 def test_an_optimizer_that_takes_no_shards(train):
     output, record = train("--steps", "2", "-o", "torch.Adafactor", "--nproc", "2", code=2)
     assert "'--sharding': fsdp2 with torch.Adafactor: aten." in output
@@ -130,6 +153,7 @@ def test_an_interrupt_while_processes_start_ends_all_after_a_step(arguments, tmp
     record = json.loads((tmp_path / "run" / "record.json").read_text())
     assert record["interrupted"]
     assert len(record["runs"][0]["training_loss"]) == 1
+    assert (tmp_path / "run" / "Lomo" / "step-1" / "run.json").exists()
 
 
 @pytest.mark.parametrize(

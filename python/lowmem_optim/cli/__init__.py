@@ -12,7 +12,11 @@ from lowmem_optim.cli.plan import plan_command
 from lowmem_optim.cli.profile import profile_command
 from lowmem_optim.cli.train import train_command
 
-app = typer.Typer(no_args_is_help=True, context_settings={"help_option_names": ["-h", "--help"]})
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",  # paragraphs of docstrings fill the lines of the terminal
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("bench")(bench_command)

@@ -7,7 +7,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowmem_optim.cli.arguments import blaming, make_folder, model_option, option
+from lowmem_optim.cli.arguments import blaming, model_option, option
+from lowmem_optim.cli.files import make_folder
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.bench_rows import Row, Workload

@@ -5,6 +5,7 @@ import hashlib
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -66,11 +67,13 @@ def load_text(path: Path | None, context: int, max_bytes: int = MAX_BYTES) -> Te
     return Text(_as_tensor(training), _as_tensor(validation), source, len(texts))
 
 
-def training_batches(data: Tensor, batch_size: int, context: int, seed: int) -> Iterator[Batch]:
-    """Endless random batches; equal seeds give equal batches in equal order."""
+def training_batches(data: Tensor, batch_size: int, context: int, seed: int, start: int = 0) -> Iterator[Batch]:
+    """Endless random batches from number `start` on; equal seeds give equal batches in equal order."""
     generator = torch.Generator().manual_seed(seed)
-    while True:
-        yield _batch(data, torch.randint(len(data) - context, (batch_size,), generator=generator), context)
+    for number in count():
+        starts = torch.randint(len(data) - context, (batch_size,), generator=generator)
+        if number >= start:
+            yield _batch(data, starts, context)
 
 
 def validation_batches(data: Tensor, batch_size: int, context: int, count: int) -> list[Batch]:

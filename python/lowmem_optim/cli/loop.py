@@ -3,7 +3,9 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,13 +16,17 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lowmem_kernels.testing.allocations import LiveGradients
 from lowmem_optim import fuse_backward
+from lowmem_optim.cli import checkpoints
 from lowmem_optim.cli.data import Batch, Text, training_batches, validation_batches
-from lowmem_optim.cli.measure import PeakMemory, now, state_bytes
+from lowmem_optim.cli.log import Log
+from lowmem_optim.cli.measure import PeakMemory, Updates, grad_norm, now, state_bytes
 from lowmem_optim.cli.model import ByteModel, ModelConfig, loss_of
 from lowmem_optim.cli.processes import ALONE, Processes
 from lowmem_optim.cli.registry import Choice
+from lowmem_optim.cli.run import Run
+from lowmem_optim.cli.schedule import schedule
+from lowmem_optim.fused_backward import FusedBackward
 
-FINAL_LR = 0.1  # the cosine ends at this fraction of the learning rate
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -28,8 +34,10 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class TrainConfig:
     """What every compared optimizer has in common; `clip_grad_norm` 0 means no clipping.
 
-    `options` go to those optimizers that take them; `lr` None means each optimizer's own default. With `fused_backward`
-    those of this package update inside the backward pass. `batch_size` is that of all `processes` together.
+    `options` go to those optimizers that take them; `lr` None means each optimizer's own default. Its `schedule` ends
+    at the fraction `final_lr`. Norms are logged every `log_every` steps; `checkpoint_every` 0 means checkpoints at the
+    end only. With `fused_backward` those of this package update inside the backward pass. `batch_size` is that of all
+    `processes` together.
     """
 
     model: ModelConfig
@@ -44,6 +52,10 @@ class TrainConfig:
     eval_every: int
     eval_batches: int
     options: dict[str, Any]
+    schedule: str = "cosine"
+    final_lr: float = 0.1
+    log_every: int = 10
+    checkpoint_every: int = 50
     fused_backward: bool = False
     processes: Processes = ALONE
 
@@ -52,62 +64,88 @@ class TrainConfig:
         """Bytes of text that one step trains on."""
         return self.batch_size * self.model.context
 
+    def rate(self, step: int) -> float:
+        """The fraction of the peak learning rate that a step from 0 has."""
+        return schedule(step, self.schedule, self.warmup, self.steps, self.final_lr)
 
-@dataclass
-class Run:
-    """One optimizer's training so far: losses in nats per byte, times in milliseconds, memory in bytes.
-
-    `status` is "running", then "finished", "diverged" (a loss was not finite) or "interrupted" (by Ctrl-C).
-    `validation_loss` holds (steps taken, loss) pairs; `gradient_bytes` are those of the gradients alive at a time, at
-    most.
-    """
-
-    optimizer: str
-    lr: float
-    parameters: int
-    tokens_per_step: int
-    fused: bool = False
-    status: str = "running"
-    training_loss: list[float] = field(default_factory=list)
-    validation_loss: list[tuple[int, float]] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)
-    optimizer_ms: list[float] = field(default_factory=list)
-    state_bytes: int = 0
-    gradient_bytes: int = 0
-    peak_bytes: int | None = None
-    wall_seconds: float = 0.0
-
-    @property
-    def final_loss(self) -> float | None:
-        """The last validation loss; None for a run that diverged, or was interrupted before its first validation."""
-        return self.validation_loss[-1][1] if self.validation_loss and self.status != "diverged" else None
+    def saves(self, taken: int) -> bool:
+        """Whether there is a checkpoint after so many steps."""
+        return taken == self.steps or bool(self.checkpoint_every and taken % self.checkpoint_every == 0)
 
 
 class NotFiniteError(Exception):
     """The loss became infinite or not a number."""
 
 
-def train(choice: Choice, config: TrainConfig, text: Text, show: Callable[[Run], None]) -> Run:
-    """Trains a fresh model and calls `show` after every step; divergence and Ctrl-C end up in the run's status."""
-    run = Run(
-        choice.name,
-        learning_rate(choice, config),
-        config.model.parameters,
-        config.tokens_per_step,
-        fused=config.fused_backward and choice.can_fuse,
-    )
-    memory = PeakMemory(torch.device(config.device))
-    start = time.perf_counter()
-    try:
-        _train(choice, config, text, run, show)
+def train(
+    choice: Choice,
+    config: TrainConfig,
+    text: Text,
+    show: Callable[[Run], None] = lambda run: None,
+    asked_to_stop: Callable[[], bool] = lambda: False,
+    folder: Path | None = None,
+) -> Run:
+    """Trains a model from the start, or from where the folder's last checkpoint is, and returns what became of it.
+
+    `show` sees the run after every step; then it ends if `asked_to_stop`. Checkpoints and figures of every step go into
+    the folder, if there is one. Divergence, and Ctrl-C unless handled elsewhere, end up in the run's status.
+    """
+    checkpoint = None if folder is None else checkpoints.latest(folder)
+    run = new_run(choice, config) if checkpoint is None else checkpoints.read_run(checkpoint)
+    if run.steps_taken == config.steps:
         run.status = "finished"
+        return run
+    memory, before = PeakMemory(torch.device(config.device)), run.peak_bytes
+    start = time.perf_counter() - run.wall_seconds
+
+    def measure() -> None:
+        run.wall_seconds = time.perf_counter() - start
+        growth = memory.growth()
+        run.peak_bytes = growth if before is None or growth is None else max(before, growth)
+
+    try:
+        with _logging(folder, run, config) as log:
+            for training in _steps(choice, config, text, run, checkpoint):
+                log(run)
+                show(run)
+                stops = asked_to_stop()
+                if folder is not None and (stops or config.saves(run.steps_taken)):
+                    measure()
+                    checkpoints.save(folder, run, *training, config.processes)
+                if stops:
+                    break
+        run.status = "finished" if run.steps_taken == config.steps else "interrupted"
     except NotFiniteError:
         run.status = "diverged"
     except KeyboardInterrupt:
         run.status = "interrupted"
-    run.wall_seconds = time.perf_counter() - start
-    run.peak_bytes = memory.growth()
+    measure()
     return run
+
+
+def new_run(choice: Choice, config: TrainConfig) -> Run:
+    """A run that has taken no step."""
+    lr = dict(choice.swept).get("lr")
+    source = "--sweep" if lr is not None else choice.default.source if config.lr is None else "--lr"
+    return Run(
+        choice.name,
+        learning_rate(choice, config),
+        source,
+        config.model.parameters,
+        config.tokens_per_step,
+        settings={key: str(value) for key, value in choice.swept},
+        fused=config.fused_backward and choice.can_fuse,
+    )
+
+
+@contextmanager
+def _logging(folder: Path | None, run: Run, config: TrainConfig) -> Iterator[Callable[[Run], None]]:
+    """What takes the run after each step: a log in the folder, in the first process."""
+    if folder is None or config.processes.rank:
+        yield lambda run: None
+        return
+    with Log(folder, run, [run.lr * config.rate(step) for step in range(config.steps)]) as log:
+        yield log.show
 
 
 def rehearse(choices: list[Choice], config: TrainConfig, text: Text) -> None:
@@ -142,8 +180,9 @@ def find_device(name: str) -> str:
 
 
 def learning_rate(choice: Choice, config: TrainConfig) -> float:
-    """The peak learning rate: the same for all if the user gave one, else the optimizer's own."""
-    return choice.learning_rate if config.lr is None else config.lr
+    """The peak learning rate: that of a sweep, or the same for all if the user gave one, else the optimizer's own."""
+    lr = choice.default.lr if config.lr is None else config.lr
+    return dict(choice.swept).get("lr", lr)
 
 
 def build_model(config: TrainConfig) -> ByteModel:
@@ -160,17 +199,9 @@ def build_optimizer(choice: Choice, model: ByteModel, config: TrainConfig) -> Op
     return choice.build(model, learning_rate(choice, config), options)
 
 
-def fuse(model: nn.Module, optimizer: Optimizer, config: TrainConfig) -> None:
+def fuse(model: nn.Module, optimizer: Optimizer, config: TrainConfig) -> FusedBackward:
     """Make backward passes update the model."""
-    fuse_backward(model, optimizer, clip_grad_norm=config.clip_grad_norm or None)
-
-
-def schedule(step: int, warmup: int, steps: int) -> float:
-    """Fraction of the learning rate at a step from 0: linear over `warmup` steps, then a cosine down to 0.1."""
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(steps - warmup, 1)
-    return FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * progress)) / 2
+    return fuse_backward(model, optimizer, clip_grad_norm=config.clip_grad_norm or None)
 
 
 @torch.no_grad()
@@ -181,29 +212,40 @@ def evaluate(model: nn.Module, batches: list[Batch], config: TrainConfig) -> flo
     return config.processes.mean(torch.stack(losses).mean()).item()
 
 
-def _batches(config: TrainConfig, text: Text) -> Iterator[Batch]:
+def _batches(config: TrainConfig, text: Text, start: int = 0) -> Iterator[Batch]:
     device = torch.device(config.device)
-    for batch in training_batches(text.training, config.batch_size, config.model.context, config.seed):
+    for batch in training_batches(text.training, config.batch_size, config.model.context, config.seed, start):
         yield config.processes.share_of(batch).to(device)
 
 
-def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Callable[[Run], None]) -> None:
+def _steps(
+    choice: Choice, config: TrainConfig, text: Text, run: Run, checkpoint: Path | None
+) -> Iterator[tuple[ByteModel, Optimizer]]:
+    """Takes a step and adds it to the run, again and again; yields the model and its optimizer."""
     device = torch.device(config.device)
     model = build_model(config)
     # before the optimizer is made: a model that is sharded has other parameters
     shared = config.processes.share_out(model, device)
     optimizer = build_optimizer(choice, model, config)
-    scheduler = LambdaLR(optimizer, lambda step: schedule(step, config.warmup, config.steps))
+    handle = fuse(shared, optimizer, config) if run.fused else None
+    scheduler = LambdaLR(optimizer, config.rate)
     gradients = LiveGradients([*model.parameters()])
-    if run.fused:
-        fuse(shared, optimizer, config)
+    if checkpoint is not None:
+        checkpoints.load(checkpoint, model, optimizer, config.processes)
+        scheduler.last_epoch = run.steps_taken
+    # not the model's: between forward and backward passes those of FSDP2 are wholes, which it frees
+    params = [param for group in optimizer.param_groups for param in group["params"]]
     clip_here = 0.0 if run.fused or choice.takes("clip_grad_norm") else config.clip_grad_norm
     validation = validation_batches(text.validation, config.batch_size, config.model.context, config.eval_batches)
 
-    for taken, batch in zip(range(1, config.steps + 1), _batches(config, text), strict=False):
+    steps = range(run.steps_taken + 1, config.steps + 1)
+    for taken, batch in zip(steps, _batches(config, text, run.steps_taken), strict=False):
+        logs = taken % config.log_every == 0 or taken in (1, config.steps)
+        updates = Updates(params) if logs else None
         start = now(device)
         loss = loss_of(shared, batch.tokens, batch.targets)
         loss.backward()
+        norm = grad_norm(params) if logs and handle is None else None
         before = now(device)
         if clip_here:
             clip_grad_norm_(model.parameters(), clip_here)
@@ -213,14 +255,20 @@ def _train(choice: Choice, config: TrainConfig, text: Text, run: Run, show: Call
         scheduler.step()
         # one step tells, and looking at all parameters again and again takes time
         gradients.remove()
-        run.gradient_bytes = gradients.peak
+        run.gradient_bytes = max(run.gradient_bytes, gradients.peak)
         run.training_loss.append(_finite(config.processes.mean(loss.detach()).item()))
         run.step_ms.append((now(device) - start) * 1e3)
         run.optimizer_ms.append((after - before) * 1e3)
         run.state_bytes = state_bytes(optimizer)
+        if updates is not None:
+            total, count = config.processes.mean(updates.sums()).tolist()
+            norm = norm if handle is None else handle.grad_norm()
+            for values, value in ((run.update_rms, math.sqrt(total / count)), (run.grad_norm, norm)):
+                if value is not None and math.isfinite(value):
+                    values.append((taken, float(value)))
         if taken % config.eval_every == 0 or taken == config.steps:
             run.validation_loss.append((taken, _finite(evaluate(shared, validation, config))))
-        show(run)
+        yield model, optimizer
 
 
 def _finite(loss: float) -> float:

@@ -4,11 +4,15 @@ import ctypes
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+
+SAMPLED = 2**14  # elements of each parameter, enough for a root mean square within some percent
 
 
 def now(device: torch.device) -> float:
@@ -22,6 +26,36 @@ def state_bytes(optimizer: Optimizer) -> int:
     """Bytes of all tensors that the optimizer keeps between steps."""
     values = (value for state in optimizer.state.values() for value in state.values())
     return sum(value.numel() * value.element_size() for value in values if isinstance(value, torch.Tensor))
+
+
+def grad_norm(params: Iterable[Tensor]) -> Tensor:
+    """The norm of all gradients together, in float32 whatever their dtype."""
+    norms = [torch.linalg.vector_norm(p.grad, dtype=torch.float32) for p in params if p.grad is not None]
+    return torch.stack([n.full_tensor() if isinstance(n, DTensor) else n for n in norms]).norm()
+
+
+class Updates:
+    """What a step adds to parameters, by a sample of the elements of each, of those that are in this process."""
+
+    def __init__(self, params: Iterable[Tensor]) -> None:
+        self._flat = [(p.to_local() if isinstance(p, DTensor) else p).detach().flatten() for p in params]
+        self._before = [self._sample(flat).clone() for flat in self._flat]
+
+    def sums(self) -> Tensor:
+        """The sum of squares of the update since construction, scaled up to all elements, and their number."""
+        changes = [self._sample(flat).float() - before for flat, before in zip(self._flat, self._before, strict=True)]
+        squares = [flat.numel() * c.square().mean() for flat, c in zip(self._flat, changes, strict=True) if len(c)]
+        count = torch.tensor(sum(flat.numel() for flat in self._flat), dtype=torch.float32)
+        total = torch.stack(squares).sum() if squares else torch.zeros(())
+        return torch.stack([total, count.to(total.device)])
+
+    @staticmethod
+    def _sample(flat: Tensor) -> Tensor:
+        if len(flat) <= SAMPLED:
+            return flat
+        # at random, and always the same: with evenly spaced ones a matrix might show a single column
+        generator = torch.Generator().manual_seed(0)
+        return flat[torch.randint(len(flat), (SAMPLED,), generator=generator).to(flat.device)]
 
 
 class PeakMemory:

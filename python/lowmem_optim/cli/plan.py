@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.console import Console
 
-from lowmem_optim.cli.arguments import blaming, make_folder, option
+from lowmem_optim.cli.arguments import blaming, option
+from lowmem_optim.cli.files import make_folder
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.registry import Choice

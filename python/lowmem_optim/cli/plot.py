@@ -7,7 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, ScalarFormatter
 
-from lowmem_optim.cli.loop import Run
+from lowmem_optim.cli.run import Run
 
 COLORS = ["#3b6fb6", "#d9772b", "#3a9a6b", "#a45aa0", "#8c6d46", "#c24d5c", "#5b6770", "#b3a22c"]
 GREY = "#5b6770"
@@ -49,7 +49,7 @@ def _draw_state(axes: Axes, runs: list[Run]) -> None:
     values = [run.state_bytes / run.parameters for run in runs]
     bars = axes.barh(range(len(runs)), values, color=_colors(runs), height=0.5)
     axes.bar_label(bars, fmt="%.2f", padding=4)
-    axes.set_yticks(range(len(runs)), [run.optimizer for run in runs])
+    axes.set_yticks(range(len(runs)), [run.label for run in runs])
     axes.set_ylim(max(len(runs), 4) - 0.5, -0.5)  # first run on top; a few runs do not fill the height
     axes.set_xlim(0, max(*values, 1) * 1.15)
     axes.set_title("optimizer state, bytes/parameter", fontsize=9, loc="left", color=GREY)
@@ -69,7 +69,7 @@ def smoothed(losses: list[float]) -> list[float]:
 
 def _label(run: Run) -> str:
     loss = "" if run.final_loss is None else f" {run.final_loss:.3f}"
-    return run.optimizer + loss + ("" if run.status == "finished" else f" ({run.status})")
+    return run.label + loss + ("" if run.status == "finished" else f" ({run.status})")
 
 
 def _colors(runs: list[Run]) -> list[str]:

@@ -6,6 +6,7 @@ import pickle
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,11 @@ class Processes:
     count: int = 1
     sharding: str = "none"
 
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return dist.get_rank() if self.count > 1 else 0
+
     def share_out(self, model: ByteModel, device: torch.device) -> nn.Module:
         """The model as this process trains it. With FSDP2 its parameters are others from then on."""
         if self.sharding == "ddp":
@@ -51,8 +57,7 @@ class Processes:
         """This process's part of a batch, which has as many sequences in all of them."""
         if self.count == 1:
             return batch
-        rank = dist.get_rank()
-        return Batch(*(part.tensor_split(self.count)[rank] for part in (batch.tokens, batch.targets)))
+        return Batch(*(part.tensor_split(self.count)[self.rank] for part in (batch.tokens, batch.targets)))
 
     def mean(self, value: Tensor) -> Tensor:
         """The mean over processes, in place."""
@@ -84,14 +89,14 @@ def check_processes(count: int, batch_size: int, device: str) -> None:
 
 
 def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -> Any:
-    """Returns what ``work(rank, check_in, *arguments)`` returns in the first of processes that form a process group.
+    """Returns what ``work(rank, asked_to_stop, *arguments)`` returns in the first of processes that form a group.
 
-    They all call ``check_in()`` now and then; after Ctrl-C it raises KeyboardInterrupt in all of them. A second Ctrl-C
-    stops them at once. Where one fails, the others are stopped, and RuntimeError says what it said, or RefusedError
-    where it raised that.
+    They all call ``asked_to_stop()`` now and then, which is true in all of them after `hearing` has heard something. A
+    second Ctrl-C stops them at once. Where one fails, the others are stopped, and RuntimeError says what it said, or
+    RefusedError where it raised that.
     """
     interrupted = multiprocessing.get_context("spawn").Event()
-    with tempfile.TemporaryDirectory() as folder, _hearing_interrupts(interrupted):
+    with tempfile.TemporaryDirectory() as folder, hearing(interrupted):
         context = _start(count, interrupted, device, Path(folder), work, arguments)
         try:
             while not context.join():
@@ -113,8 +118,8 @@ def device_of(device: str, rank: int) -> str:
 
 
 @contextmanager
-def _hearing_interrupts(interrupted: Event) -> Iterator[None]:
-    """Ctrl-C sets the event; a second one raises KeyboardInterrupt."""
+def hearing(interrupted: Event | threading.Event) -> Iterator[None]:
+    """Ctrl-C, or SIGTERM, sets the event; a second one raises KeyboardInterrupt."""
     heard: list[bool] = []
 
     def hear(*_: object) -> None:
@@ -123,11 +128,12 @@ def _hearing_interrupts(interrupted: Event) -> Iterator[None]:
         heard.append(True)
         interrupted.set()
 
-    handler = signal.signal(signal.SIGINT, hear)
+    handlers = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _start(count: int, interrupted: Event, *details: Any) -> ProcessContext:
@@ -142,14 +148,13 @@ def _start(count: int, interrupted: Event, *details: Any) -> ProcessContext:
     return context
 
 
-def _check_in(interrupted: Event) -> None:
+def _asked_to_stop(interrupted: Event) -> bool:
     parent = multiprocessing.parent_process()
     assert parent is not None
     # together, so that none waits for one that has left
     leave = torch.tensor(interrupted.is_set() or not parent.is_alive(), dtype=torch.int32)
     dist.all_reduce(leave)
-    if leave:
-        raise KeyboardInterrupt
+    return bool(leave)
 
 
 def _work(
@@ -170,7 +175,7 @@ def _work(
         init_method=f"file://{folder}/meeting", rank=rank, world_size=count, timeout=PATIENCE,
     )  # fmt: skip
     try:
-        result = work(rank, partial(_check_in, interrupted), *arguments)
+        result = work(rank, partial(_asked_to_stop, interrupted), *arguments)
     except RefusedError as error:
         Path(folder, f"refusal-{rank}").write_text(str(error), encoding="utf-8")
         raise

@@ -10,7 +10,8 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from lowmem_optim.cli.arguments import blaming, make_folder, model_option, option
+from lowmem_optim.cli.arguments import blaming, model_option, option
+from lowmem_optim.cli.files import make_folder
 
 if TYPE_CHECKING:
     import torch

@@ -49,7 +49,7 @@ def of_optimizer(name: str, shapes: Shapes, dtype: torch.dtype, device: str) -> 
     module = nn.Module()
     for i, param in enumerate(params):
         module.register_parameter(f"p{i}", param)
-    optimizer = choice.build(module, choice.learning_rate, contenders.UNNAMED.get(choice.name, {}))
+    optimizer = choice.build(module, choice.default.lr, contenders.UNNAMED.get(choice.name, {}))
     moved = contenders.MOVED.get(choice.name)
     least = None if moved is None else moved.least(shapes, dtype.itemsize)
     return Work(_title(choice.name, shapes, dtype), optimizer.step, parameter_count(shapes), least)

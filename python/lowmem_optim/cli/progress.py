@@ -6,7 +6,7 @@ from datetime import timedelta
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from lowmem_optim.cli.loop import Run
+from lowmem_optim.cli.run import Run
 
 RECENT = 20  # steps whose median time gives the speed to show
 
@@ -25,18 +25,20 @@ class Display(Progress):
             disable=not console.is_terminal,
         )
         self.steps = steps
+        self._shown: Run | None = None
 
     def show(self, run: Run) -> None:
         """Brings the display up to date with a run that has taken another step."""
-        taken = len(run.training_loss)
+        taken = run.steps_taken
         step_ms = statistics.median(run.step_ms[-RECENT:])
         figures = _figures(run, step_ms)
         if self.console.is_terminal:
-            task = self.task_ids[-1] if taken > 1 else self.add_task(run.optimizer, total=self.steps, figures="")
-            self.update(task, completed=taken, figures=figures)
+            if self._shown is not run:
+                self._shown, _ = run, self.add_task(run.label, total=self.steps, figures="")
+            self.update(self.task_ids[-1], completed=taken, figures=figures)
         elif run.validation_loss and run.validation_loss[-1][0] == taken:
             left = timedelta(seconds=round((self.steps - taken) * step_ms / 1e3))
-            print(f"{run.optimizer}  step {taken}/{self.steps}  {figures}  {left} left", file=self.console.file)
+            print(f"{run.label}  step {taken}/{self.steps}  {figures}  {left} left", file=self.console.file)
 
 
 def _figures(run: Run, step_ms: float) -> str:

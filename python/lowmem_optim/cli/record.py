@@ -12,8 +12,10 @@ import torch
 
 import lowmem_kernels
 from lowmem_optim.cli.data import Text
-from lowmem_optim.cli.loop import Run, TrainConfig
+from lowmem_optim.cli.files import write_whole
+from lowmem_optim.cli.loop import TrainConfig
 from lowmem_optim.cli.report import figures
+from lowmem_optim.cli.run import Run
 
 
 def write_record(path: Path, config: TrainConfig, text: Text, runs: list[Run]) -> None:
@@ -28,12 +30,12 @@ def write_record(path: Path, config: TrainConfig, text: Text, runs: list[Run]) -
             "validation_bytes": len(text.validation),
         },
         "interrupted": any(run.status == "interrupted" for run in runs),
-        "diverged": [run.optimizer for run in runs if run.status == "diverged"],
+        "diverged": [run.label for run in runs if run.status == "diverged"],
         "wall_seconds": sum(run.wall_seconds for run in runs),
         "runs": [asdict(run) | {"figures": figures(run, runs[0])} for run in runs],
     }
     # default: the value of an --opt may be any Python literal, such as a set or a complex number
-    path.write_text(json.dumps(record, indent=1, allow_nan=False, default=repr) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(record, indent=1, allow_nan=False, default=repr) + "\n")
 
 
 def environment(device: str) -> dict[str, Any]:

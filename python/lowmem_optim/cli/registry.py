@@ -1,4 +1,4 @@
-"""Optimizers by name, the learning rates they start from, and options given as text."""
+"""Optimizers by name, what they start from, and options given as text."""
 
 import ast
 import difflib
@@ -12,47 +12,10 @@ from torch.optim import Optimizer
 
 import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
+from lowmem_optim.cli.defaults import CONSTRUCTOR, DEFAULTS, Default
 from lowmem_optim.partial import PartialMomentum
 from lowmem_optim.roles import split_params
 from lowmem_optim.routed import RoutedOptimizer
-
-# By name, or by class name, so that lowmem_optim.AdamW and torch.AdamW start equal. The best of a sweep on the default
-# task, by its validation loss:
-#   AdamW: 5e-4 1.804, 8e-4 1.741, 1.5e-3 1.737, 2e-3 1.734; after 500 steps 1.5e-3 1.808, 3e-3 1.851, 1e-2 2.462
-#   Lomo (SGD's update): 0.2 2.316, 0.3 2.298, 0.5 2.289; after 500 steps 0.5 2.319, 1 2.525, 2 2.567, 4 2.756
-#   AdaLomo: 0.02 1.728, 0.05 1.667, 0.1 1.804
-#   Adafactor without scale_parameter: 1e-3 1.788, 2e-3 1.784, 4e-3 1.833; with it the rule is AdaLomo's: 0.05 1.666
-#   SinkGD: 0.02 1.799, 0.04 1.782, 0.08 1.965; with iterations=1 0.04 1.773, 0.08 1.833
-#   SWAN: 0.02 1.742, 0.04 1.568, 0.08 1.508
-#   AdaPM: 2e-3 1.670, 4e-3 1.657 (rank 4); rank 16 at 4e-3 1.678, with v of rows 1.781; betas (0.9, 0.95), decay 0.1
-#   AdamMini: 2e-3 1.880, the same betas and decay
-#   APOLLO of rank 32: 4e-3 1.713; with fallback_lr=2e-3 0.01 1.706, 0.02 1.767
-#   APOLLOMini: 2e-3 2.079, 3e-3 2.035, 5e-3 2.079, 0.01 2.099, 0.02 2.286
-#   MNGD with norms=("row",), iterations=1: 0.04 1.802; as it comes it is SinkGD
-# Not swept: TorchAdafactor, which is AdaLomo's rule but for a bound on the rate and the place of eps; CAME.
-LEARNING_RATES = {
-    "AdamW": 2e-3,
-    "Lomo": 0.5,
-    "SGD": 0.5,
-    "AdaLomo": 0.05,
-    "Adafactor": 2e-3,
-    "TorchAdafactor": 0.05,
-    "torch.Adafactor": 0.05,
-    "SinkGD": 0.04,
-    "SWAN": 0.08,
-    "AdaPM": 4e-3,
-    "AdamMini": 2e-3,
-    "MNGD": 0.04,
-    "APOLLO": 0.01,
-    "APOLLOMini": 3e-3,
-}
-
-# Arguments without which the rate above is not taken, or not what it says
-OPTIONS: dict[str, dict[str, Any]] = {
-    "Adafactor": {"relative_step": False, "scale_parameter": False},
-    # a quarter of the model's width, as in the paper; 256 would be all of it
-    "APOLLO": {"rank": 32, "fallback_lr": 2e-3},
-}
 
 # Arguments with a command-line option of their own
 NAMED_OPTIONS = {
@@ -72,16 +35,23 @@ UNSUITABLE = {
 
 @dataclass(frozen=True)
 class Choice:
-    """An optimizer class, and the name it goes by in tables."""
+    """An optimizer class, the name it goes by in tables, and the values of a sweep that this one is for."""
 
     name: str
     cls: type[Optimizer]
+    swept: tuple[tuple[str, Any], ...] = ()
 
     @property
-    def learning_rate(self) -> float:
-        """The rate swept for the default task, else the constructor's own default."""
-        own = LEARNING_RATES.get(self.name, LEARNING_RATES.get(self.cls.__name__))
-        return inspect.signature(self.cls).parameters["lr"].default if own is None else own
+    def label(self) -> str:
+        """The name with the values of the sweep, which tells runs apart."""
+        return " ".join([self.name, *(f"{key}={value}" for key, value in self.swept)])
+
+    @property
+    def default(self) -> Default:
+        """What it starts from unless the user says otherwise."""
+        # by class name as well, so that lowmem_optim.AdamW and torch.AdamW start equal
+        found = DEFAULTS.get(self.name, DEFAULTS.get(self.cls.__name__))
+        return found or Default(inspect.signature(self.cls).parameters["lr"].default, CONSTRUCTOR)
 
     @property
     def arguments(self) -> set[str]:
@@ -105,8 +75,7 @@ class Choice:
         One that has other rules for some matrices is told the parameters' roles. Raises ValueError naming the optimizer
         when its constructor rejects an option.
         """
-        options = {**OPTIONS.get(self.name, {}), **options}
-        return self.construct(model, {"lr": lr, **options})
+        return self.construct(model, {"lr": lr, **self.default.options, **options, **dict(self.swept)})
 
     def construct(self, model: nn.Module, options: dict[str, Any]) -> Optimizer:
         """As `build`, with the constructor's own defaults where options say nothing."""
@@ -161,6 +130,27 @@ def parse_options(pairs: list[str], optimizers: list[Choice]) -> dict[str, Any]:
         require_taker(key, optimizers)
         options[key] = _literal(value)
     return options
+
+
+def parse_sweeps(pairs: list[str], optimizers: list[Choice]) -> dict[str, tuple[Any, ...]]:
+    """Values of at most two arguments from `key=value,value,...` texts, as in `lr=1e-3,2e-3`.
+
+    Raises ValueError for a text of another form, for more than two, and for a key that some optimizer does not take.
+    """
+    sweeps = {}
+    for pair in pairs:
+        key, equals, texts = pair.partition("=")
+        values = _literal(f"({texts},)")
+        if not equals or not isinstance(values, tuple) or len(set(map(repr, values))) < 2:
+            raise ValueError(f"{pair!r} is not of the form key=value,value with several values, as in lr=1e-3,2e-3")
+        for optimizer in optimizers:
+            require_taker(key, [optimizer])
+        if key in NAMED_OPTIONS.keys() - {"lr", "weight_decay"}:
+            raise ValueError(f"{key!r} is the same for all; allowed: lr, weight_decay, or a constructor's argument")
+        sweeps[key] = values
+    if len(sweeps) > 2:
+        raise ValueError(f"{', '.join(sweeps)} are {len(sweeps)} dimensions; allowed: one or two")
+    return sweeps
 
 
 def require_taker(key: str, optimizers: list[Choice]) -> None:

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import StringIO
 from pathlib import Path
 
@@ -10,7 +10,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from lowmem_optim.cli.loop import Run, TrainConfig
+from lowmem_optim.cli.files import write_whole
+from lowmem_optim.cli.loop import TrainConfig
+from lowmem_optim.cli.run import Run
+from lowmem_optim.cli.sweep import Grid, sweep_table
 
 ABSENT = "–"
 MIB = 2**20
@@ -55,7 +58,7 @@ def figures(run: Run, baseline: Run) -> dict[str, float | None]:
     step_ms = statistics.median(run.step_ms) if run.step_ms else None
     return {
         "learning_rate": run.lr,
-        "steps": len(run.step_ms),
+        "steps": run.steps_taken,
         "validation_loss": loss,
         "validation_loss_bits": None if loss is None else loss / math.log(2),
         "loss_above_baseline": above,
@@ -75,12 +78,12 @@ def comparison(runs: list[Run], style: box.Box = box.SIMPLE_HEAD) -> Table:
     table.add_column()
     for run in runs:
         notes = (["fused"] if run.fused else []) + ([] if run.status == "finished" else [run.status])
-        table.add_column(run.optimizer + "".join(f" ({note})" for note in notes), justify="right")
+        table.add_column(run.label + "".join(f" ({note})" for note in notes), justify="right")
     columns = [figures(run, runs[0]) for run in runs]
     for name, label, form in ROWS:
         cells = [ABSENT if (value := column[name]) is None else form(value) for column in columns]
         if name != "loss_above_baseline" or len(runs) > 1:
-            table.add_row(label.format(baseline=runs[0].optimizer), *cells)
+            table.add_row(label.format(baseline=runs[0].label), *cells)
     return table
 
 
@@ -91,9 +94,13 @@ def notes(config: TrainConfig) -> list[str]:
     return found if count == 1 else [*found, f"{count} processes: {PROCESS_NOTES[sharding]}"]
 
 
-def write_markdown(path: Path, runs: list[Run], config: TrainConfig) -> None:
-    """Writes the comparison with its footnotes."""
-    console = Console(width=60 + 40 * len(runs), file=StringIO())  # wide enough that no cell wraps
-    with console.capture() as capture:
-        console.print(comparison(runs, box.MARKDOWN))
-    path.write_text("\n\n".join([capture.get().strip(), *notes(config)]) + "\n", encoding="utf-8")
+def write_markdown(path: Path, runs: list[Run], config: TrainConfig, found: Sequence[Grid] = ()) -> None:
+    """Writes what sweeps have found, and the comparison with its footnotes."""
+    tables = [*(sweep_table(grid, box.MARKDOWN) for grid in found), comparison(runs, box.MARKDOWN)]
+    parts = []
+    for table in tables:
+        console = Console(width=60 + 40 * len(table.columns), file=StringIO())  # wide enough that no cell wraps
+        with console.capture() as capture:
+            console.print(table)
+        parts.append("\n".join(line.strip() for line in capture.get().strip().splitlines()))
+    write_whole(path, "\n\n".join([*parts, *notes(config)]) + "\n")
