@@ -1,4 +1,4 @@
-"""What MkDocs builds: files of the whole repository at their own paths, so that links work as they do on a code host."""
+"""What MkDocs builds: files of the whole repository at their own paths; links then work as on a code host."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ PAGES = (
     "docs/**/*.md",
     "lowmem_kernels/*/README.md",
     "bench/**/*.md",
-    "examples/*.md",
+    "examples/**/*.md",
 )
 # pictures, figures and sources that pages link to; they are copied as they are
 ASSETS = (
     "docs/**/*.png",
+    "docs/**/*.svg",
     "docs/**/*.css",
     "bench/**/*.csv",
     "bench/**/*.json",
     "bench/**/*.png",
     "bench/**/*.py",
-    "examples/*.py",
+    "examples/**/*.py",
     "lowmem_kernels/**/*.py",
     "python/**/*.py",
     "tests/**/*.py",

@@ -1,0 +1,143 @@
+"""The site that `make docs` builds: links, anchors and pictures resolve, it says what the pages say, and a browser agrees."""
+
+import importlib
+import posixpath
+import shutil
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import urlsplit
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+from playwright.sync_api import sync_playwright
+
+from docs.html_pages import HtmlPage, target_of
+from docs.pages import PAGES, ROOT, tokens_of
+
+FAMILIES = ("elementwise", "factored", "multinorm", "projection", "whitening", "lowrank", "testing")
+PUBLIC = ("lowmem_optim", "lowmem_kernels", *(f"lowmem_kernels.{family}" for family in FAMILIES))
+WRITTEN = [page for page in PAGES if not page.startswith("docs/api/")]
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    """The folder of a site that has just been built."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return folder
+
+
+@pytest.fixture(scope="module")
+def html(site):
+    """{path: page} of all HTML pages of the site."""
+    return {path: HtmlPage(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+
+
+def html_path(site, page):
+    name = posixpath.join(posixpath.dirname(page), "index.md") if page.endswith("README.md") else page
+    return site / name.replace(".md", ".html")
+
+
+def test_links_lead_somewhere(site, html):
+    dead = []
+    for path, page in html.items():
+        for tag, url in page.references:
+            if urlsplit(url).scheme:
+                continue
+            target, anchor = target_of(path, url, site)
+            if not target.is_file() or (anchor and target in html and anchor not in html[target].ids):
+                dead.append(f"{path.relative_to(site)}: <{tag}> {url}")
+    assert not dead, "\n".join(dead)
+
+
+def test_nothing_is_loaded_from_elsewhere(site, html):
+    """Links may lead out of the site, but without a network it looks and works the same."""
+    for path, page in html.items():
+        loaded = [ref for ref in page.references if ref.tag != "a" and urlsplit(ref.url).scheme not in ("", "data")]
+        assert not loaded, f"{path.relative_to(site)} loads {loaded}"
+
+
+@pytest.mark.parametrize("page", WRITTEN)
+def test_site_says_what_the_page_says(page, site, html):
+    """MkDocs' Markdown is not the one of code hosts: lists, tables and code blocks have to come out the same in both."""
+    tokens = tokens_of(page)
+    expected = HtmlPage(MarkdownIt().renderer.render(tokens, MarkdownIt().options, {}))
+    built = html[html_path(site, page)]
+    text = "".join(built.text)
+    if not expected.counts["h1"]:  # the title of the navigation is put above it
+        assert built.counts.pop("h1") == 1
+        text = text[-len("".join(expected.text)) :]
+    assert built.counts == expected.counts
+    assert text == "".join(expected.text)
+
+
+@pytest.mark.parametrize("module", PUBLIC)
+def test_every_public_name_is_in_the_api_reference(module, site, html):
+    anchors = set().union(*(page.ids for path, page in html.items() if path.parent == site / "docs" / "api"))
+    missing = {f"{module}.{name}" for name in importlib.import_module(module).__all__} - anchors
+    assert not missing, f"without a docstring, or on no page of docs/api: {sorted(missing)}"
+
+
+def test_index_has_every_page(site, html):
+    """docs/README.md is for readers of the repository what the navigation is for those of the site."""
+    index = site / "docs" / "index.html"
+    article = HtmlPage(MarkdownIt().enable("table").render((ROOT / "docs" / "README.md").read_text(encoding="utf-8")))
+    linked = {posixpath.normpath(posixpath.join("docs", ref.url.partition("#")[0])) for ref in article.references}
+    assert index in html
+    assert set(PAGES) - linked == {"docs/README.md"}
+
+
+@pytest.fixture
+def served(site):
+    """The address of the site on this machine."""
+    handler = partial(QuietHandler, directory=str(site))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/"
+        server.shutdown()
+
+
+class QuietHandler(SimpleHTTPRequestHandler):
+    """A server of files that prints nothing."""
+
+    def log_message(self, *args):
+        """Print nothing."""
+
+
+@pytest.mark.browser
+@pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium); the HTML is checked"
+)
+def test_browser_opens_every_page(site, html, served):
+    """Nothing fails to load, the console has no error, pictures have pixels, links are served, and search finds."""
+    problems, links = [], set()
+    with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
+        page = browser.new_page()
+        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
+        page.on("pageerror", lambda error: problems.append(str(error)))
+        page.on("requestfailed", lambda request: problems.append(f"{request.url} failed"))
+        page.on(
+            "request", lambda request: request.url.startswith(served) or problems.append(f"{request.url} asked for")
+        )
+        page.on(
+            "response", lambda response: response.status < 400 or problems.append(f"{response.url}: {response.status}")
+        )
+        for path in sorted(html):
+            page.goto(served + path.relative_to(site).as_posix())
+            links.update(page.eval_on_selector_all("a[href]", "links => links.map(link => link.href.split('#')[0])"))
+            blank = page.eval_on_selector_all("img", "imgs => imgs.filter(i => !i.naturalWidth).map(i => i.src)")
+            problems += [f"{path.name}: {source} has no pixels" for source in blank]
+        for link in links:
+            if link.startswith(served) and not (response := page.request.head(link)).ok:
+                problems.append(f"{link}: {response.status}")
+        page.goto(served)
+        page.fill("input[name=query]", "stochastic")
+        page.wait_for_selector(".md-search-result__link")
+    assert not problems, "\n".join(problems)
