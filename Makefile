@@ -42,7 +42,7 @@ report: $(READY) ## what can be known of the kernels without a GPU, into bench/s
 	$(BIN)/python bench/static_report.py
 
 docs: $(READY)   ## the documentation as a site, in site/; a broken link is an error (budget: 20 seconds)
-	$(MKDOCS) build --strict --quiet
+	$(MKDOCS) build --strict
 
 docs-serve: $(READY) ## the same on http://127.0.0.1:8000, built again whenever a page or docstring changes
 	$(MKDOCS) serve

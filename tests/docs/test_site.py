@@ -1,4 +1,4 @@
-"""The site that `make docs` builds: links, anchors and pictures resolve, it says what the pages say, and a browser agrees."""
+"""The site that `make docs` builds: all links lead somewhere, it says what the pages say, and a browser shows it."""
 
 import importlib
 import posixpath
@@ -11,7 +11,6 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import urlsplit
 
 import pytest
-import yaml
 from markdown_it import MarkdownIt
 from playwright.sync_api import sync_playwright
 
@@ -28,7 +27,7 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 def site(tmp_path_factory):
     """The folder of a site that has just been built."""
     folder = tmp_path_factory.mktemp("site")
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return folder
@@ -66,7 +65,7 @@ def test_nothing_is_loaded_from_elsewhere(site, html):
 
 @pytest.mark.parametrize("page", WRITTEN)
 def test_site_says_what_the_page_says(page, site, html):
-    """MkDocs' Markdown is not the one of code hosts: lists, tables and code blocks have to come out the same in both."""
+    """MkDocs' Markdown is not that of code hosts: lists, tables and code blocks have to come out the same in both."""
     tokens = tokens_of(page)
     expected = HtmlPage(MarkdownIt().renderer.render(tokens, MarkdownIt().options, {}))
     built = html[html_path(site, page)]
@@ -111,33 +110,52 @@ class QuietHandler(SimpleHTTPRequestHandler):
         """Print nothing."""
 
 
+def watch(page, served):
+    """Return a list that fills with what goes wrong in a tab of a browser."""
+    problems = []
+
+    def said(message):
+        if message.type in ("error", "warning"):
+            problems.append(f"{page.url}: {message.text}")
+
+    def asked(request):
+        if not request.url.startswith(served):
+            problems.append(f"{page.url} asks for {request.url}")
+
+    def failed(request):
+        if request.failure != "net::ERR_ABORTED":  # what was still under way when the next page was opened
+            problems.append(f"{request.url}: {request.failure}")
+
+    def answered(response):
+        if response.status >= 400:
+            problems.append(f"{response.url}: {response.status}")
+
+    page.on("console", said)
+    page.on("pageerror", lambda error: problems.append(f"{page.url}: {error}"))
+    page.on("request", asked)
+    page.on("requestfailed", failed)
+    page.on("response", answered)
+    return problems
+
+
 @pytest.mark.browser
-@pytest.mark.skipif(
-    CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium); the HTML is checked"
-)
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium); HTML was checked")
 def test_browser_opens_every_page(site, html, served):
     """Nothing fails to load, the console has no error, pictures have pixels, links are served, and search finds."""
-    problems, links = [], set()
+    links = set()
     with sync_playwright() as playwright, playwright.chromium.launch(executable_path=CHROMIUM) as browser:
         page = browser.new_page()
-        page.on("console", lambda message: message.type in ("error", "warning") and problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on("requestfailed", lambda request: problems.append(f"{request.url} failed"))
-        page.on(
-            "request", lambda request: request.url.startswith(served) or problems.append(f"{request.url} asked for")
-        )
-        page.on(
-            "response", lambda response: response.status < 400 or problems.append(f"{response.url}: {response.status}")
-        )
+        problems = watch(page, served)
         for path in sorted(html):
             page.goto(served + path.relative_to(site).as_posix())
             links.update(page.eval_on_selector_all("a[href]", "links => links.map(link => link.href.split('#')[0])"))
             blank = page.eval_on_selector_all("img", "imgs => imgs.filter(i => !i.naturalWidth).map(i => i.src)")
-            problems += [f"{path.name}: {source} has no pixels" for source in blank]
+            problems += [f"{page.url}: {source} has no pixels" for source in blank]
         for link in links:
             if link.startswith(served) and not (response := page.request.head(link)).ok:
                 problems.append(f"{link}: {response.status}")
         page.goto(served)
         page.fill("input[name=query]", "stochastic")
         page.wait_for_selector(".md-search-result__link")
+    assert len(links) > len(html)
     assert not problems, "\n".join(problems)
