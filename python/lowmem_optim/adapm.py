@@ -40,7 +40,7 @@ class AdaPM(PartialMomentum):
     Of a block with gradient g, U is g itself ("none"), ``m / (1 - b1^t)`` ("full"), or ("lowrank"), with ``A = b1 L R +
     (1 - b1) g``, factors ``L R ~ A`` of rank r and the residual ``A - L R``:
 
-    ``U = L R / (1 - b1^t) + residual_scale (A - L R) / (1 - b1)``
+    ``U = L R / (1 - b1^t) + residual_scale (A - L R) / (1 - b1)``,
     ``p -= lr (clip(U / (sqrt(v / (1 - b2^t)) + eps)) + weight_decay p)``
 
     Args:

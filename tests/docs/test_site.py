@@ -1,6 +1,7 @@
 """The site that `make docs` builds: all links lead somewhere, it says what the pages say, and a browser shows it."""
 
 import importlib
+import os
 import posixpath
 import shutil
 import subprocess
@@ -28,7 +29,8 @@ def site(tmp_path_factory):
     """The folder of a site that has just been built."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     return folder
 
