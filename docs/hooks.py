@@ -23,6 +23,7 @@ ASSETS = (
     "docs/**/*.png",
     "docs/**/*.svg",
     "docs/**/*.css",
+    "docs/**/*.py",
     "bench/**/*.csv",
     "bench/**/*.json",
     "bench/**/*.png",

@@ -1,6 +1,7 @@
 """Every code block of the pages: Python runs, commands exist with their options, and what cannot run here says why."""
 
 import doctest
+import shlex
 import subprocess
 
 import pytest
@@ -41,6 +42,9 @@ def check_command(words, where):
     elif program == "make":
         run = subprocess.run(["make", "--dry-run", *rest], cwd=ROOT, capture_output=True, text=True, check=False)
         assert run.returncode == 0, f"{where}: {run.stderr}"
+        for line in run.stdout.splitlines():
+            if line.startswith(".venv/bin/lowmem "):
+                check_command(["lowmem", *shlex.split(line)[1:]], where)
     elif program == "python":
         assert (ROOT / rest[0]).is_file(), f"{where}: {rest[0]} does not exist"
     else:
