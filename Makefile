@@ -6,10 +6,13 @@ READY  := $(VENV)/.ready
 # the oldest Triton that is supported, which GPU images ship: kernels are compiled with both
 OLDEST := $(VENV)/triton-3.6.0
 PYTEST := $(BIN)/python -m pytest -q --durations=5
+# Material's notice that MkDocs has a successor is not about a build
+MKDOCS := NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs
 ARGS   ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup train bench bench-verbs report test test-spec test-interp test-compile test-optim test-gpu gpu-evidence check format clean
+.PHONY: help setup train bench bench-verbs report docs docs-serve \
+        test test-spec test-interp test-compile test-optim test-docs test-gpu gpu-evidence check format clean
 
 help:            ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-13s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -17,7 +20,7 @@ help:            ## this list
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "python3 >= 3.10 is needed, found $$($(PYTHON) --version)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { echo "python3 cannot make virtual environments here; on Debian and Ubuntu: apt-get install python3-venv"; exit 1; }
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cli,dev,docs]'
 	@touch $@
 
 $(OLDEST): $(READY)
@@ -38,7 +41,13 @@ bench-verbs: $(READY) ## time single verbs with pytest-benchmark (ARGS="-k adamw
 report: $(READY) ## what can be known of the kernels without a GPU, into bench/static_report (budget: 6 minutes)
 	$(BIN)/python bench/static_report.py
 
-test: test-spec test-interp test-compile test-optim ## every tier that needs no GPU
+docs: $(READY)   ## the documentation as a site, in site/; a broken link is an error (budget: 20 seconds)
+	$(MKDOCS) build --strict
+
+docs-serve: $(READY) ## the same on http://127.0.0.1:8000, built again whenever a page or docstring changes
+	$(MKDOCS) serve
+
+test: test-spec test-interp test-compile test-optim test-docs ## every tier that needs no GPU
 
 test-spec: $(READY) ## references against float64 oracles (budget: 2 minutes)
 	$(PYTEST) tests/spec -n 2
@@ -52,6 +61,9 @@ test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 an
 
 test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 4.5 minutes)
 	$(PYTEST) tests/optim -n 2
+
+test-docs: $(READY) ## code blocks of the pages, and links and pictures of the site (budget: 1 minute)
+	$(PYTEST) tests/docs -n 2 --dist loadfile
 
 test-gpu: $(READY) ## kernels and optimizers on this machine's GPU
 	$(PYTEST) tests/gpu
@@ -69,4 +81,4 @@ format: $(READY) ## rewrite files as `make check` wants them
 	$(BIN)/ruff check --fix .
 
 clean:           ## remove the environment, runs and caches
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) runs site .pytest_cache .mypy_cache .ruff_cache

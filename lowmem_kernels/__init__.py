@@ -7,6 +7,7 @@ reference, which is its specification and the path for CPUs, and Triton kernels.
 from .dispatch import choose, why_not_triton
 from .options import GradTransform, Rounding
 
+#: Version of both packages, as in pyproject.toml.
 __version__ = "0.1.0"
 
 __all__ = ["GradTransform", "Rounding", "__version__", "choose", "why_not_triton"]

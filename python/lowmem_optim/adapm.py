@@ -19,12 +19,13 @@ from .partial import PartialMomentum
 class AdaPMOptions(CommonOptions, total=False):
     """Keyword arguments of AdaPM for all parameters or in a group, besides the common ones.
 
-    solver: how the factors of a low-rank momentum follow: "power" (a block power step), "gd" (half of one, which is a
-        step of scaled gradient descent) or "fixed" (R stays for ``refresh`` steps; a read of the gradient less).
-    refresh: steps from one power step to the next with solver="fixed".
-    residual_scale: what of the momentum's residual is added back, in [0, 1]; 1: no bias. 0 drops it.
-    head_dim: rows of a head. With second_moment="adam-mini" queries and keys have a second moment for each head; None:
-        for each row.
+    Attributes:
+        solver: how the factors of a low-rank momentum follow: "power" (a block power step), "gd" (half of one, which is
+            a step of scaled gradient descent) or "fixed" (R stays for ``refresh`` steps; a read of the gradient less).
+        refresh: steps from one power step to the next with solver="fixed".
+        residual_scale: what of the momentum's residual is added back, in [0, 1]; 1: no bias. 0 drops it.
+        head_dim: rows of a head. With second_moment="adam-mini" queries and keys have a second moment for each head;
+            None: for each row.
     """
 
     solver: str
@@ -39,7 +40,7 @@ class AdaPM(PartialMomentum):
     Of a block with gradient g, U is g itself ("none"), ``m / (1 - b1^t)`` ("full"), or ("lowrank"), with ``A = b1 L R +
     (1 - b1) g``, factors ``L R ~ A`` of rank r and the residual ``A - L R``:
 
-    ``U = L R / (1 - b1^t) + residual_scale (A - L R) / (1 - b1)``
+    ``U = L R / (1 - b1^t) + residual_scale (A - L R) / (1 - b1)``,
     ``p -= lr (clip(U / (sqrt(v / (1 - b2^t)) + eps)) + weight_decay p)``
 
     Args:

@@ -31,9 +31,9 @@ class APOLLO(RoutedOptimizer):
     Of a matrix G of m rows and n columns, the shorter dimension is contracted with a random P of ``rank`` rows (of
     square matrices the columns), and an element c of the longer one is a channel. With ``R_c = P G_c``,
 
-    ``M += (1 - beta1)(R - M)``, ``V += (1 - beta2)(R² - V)``, ``R~ = M / (sqrt(V) + eps)``
-    ``X_c = G_c |R~_c| / |R_c|``, or with scale_type "tensor" ``X = G |R~| / |R|``
-    ``X *= min(1, 1.01 |X before| / |X|)``, unless disable_nl
+    ``M += (1 - beta1)(R - M)``, ``V += (1 - beta2)(R² - V)``, ``R~ = M / (sqrt(V) + eps)``,
+    ``X_c = G_c |R~_c| / |R_c|``, or with scale_type "tensor" ``X = G |R~| / |R|``,
+    ``X *= min(1, 1.01 |X before| / |X|)``, unless disable_nl,
     ``p -= lr sqrt(scale) sqrt(1 - beta2^t) / (1 - beta1^t) X``, then ``p -= lr weight_decay p``
 
     P is drawn anew every ``update_proj_gap`` steps of its group; the moments stay as they are. All that is no matrix

@@ -18,14 +18,15 @@ from lowmem_kernels.numerics import PARAM_DTYPES, name_of, rounds_stochastically
 class CommonOptions(TypedDict, total=False):
     """Keyword arguments that every optimizer accepts, for all parameters or in a group.
 
-    stochastic_rounding: round bfloat16 parameters and states stochastically; None: on for bfloat16, off otherwise.
-    seed: of the rounding noise, any 64-bit integer.
-    maximize: follow the gradient instead of its negative.
-    capturable: keep lr in a tensor on the device, so that a captured CUDA graph sees it change.
-    skip_nonfinite: what a NaN or Inf in a gradient stops. "tensor": the update of the tensor it is in, or only of the
-        element or row for rules that need no sum over more. "step": the whole step, at the price of one more read of
-        all gradients. False: nothing.
-    backend: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
+    Attributes:
+        stochastic_rounding: round bfloat16 parameters and states stochastically; None: on for bfloat16, off otherwise.
+        seed: of the rounding noise, any 64-bit integer.
+        maximize: follow the gradient instead of its negative.
+        capturable: keep lr in a tensor on the device, so that a captured CUDA graph sees it change.
+        skip_nonfinite: what a NaN or Inf in a gradient stops. "tensor": the update of the tensor it is in, or only of
+            the element or row for rules that need no sum over more. "step": the whole step, at the price of one more
+            read of all gradients. False: nothing.
+        backend: "auto" (Triton on a GPU, torch elsewhere), "triton" or "torch".
     """
 
     stochastic_rounding: bool | None

@@ -17,15 +17,17 @@ from .roles import ROLES
 class RoutedOptions(CommonOptions, total=False):
     """Keyword arguments of every optimizer whose own rule is for matrices, for all parameters or in a group.
 
-    role: what the parameters are: "matrix", "embedding", "head" or "vector", as `split_params` says for each group.
-        None: those of two dimensions are matrices, and all others vectors. Only matrices get the optimizer's own rule.
-    stacks: what a matrix of more than two dimensions is. None: a vector. "batched": a stack of matrices over its last
-        two dimensions, such as experts. "conv": one matrix, whose columns are all dimensions but the first.
-    fallback: what all others get. "adamw", "adafactor" (with factored second moments, not relative to the parameter)
-        or "table" (a momentum, normalized in rows and columns; a vector is one row).
-    fallback_lr: its rate, as one would give it to AdamW, where lr is as it was at construction; schedulers of lr act on
-        both alike. None: lr times what the optimizer's own rule scales its updates by.
-    fallback_betas, fallback_eps: of "adamw".
+    Attributes:
+        role: what the parameters are: "matrix", "embedding", "head" or "vector", as `split_params` says for each group.
+            None: those of two dimensions are matrices, and all others vectors. Only matrices get the optimizer's own
+            rule.
+        stacks: what a matrix of more than two dimensions is. None: a vector. "batched": a stack of matrices over its
+            last two dimensions, such as experts. "conv": one matrix, whose columns are all dimensions but the first.
+        fallback: what all others get. "adamw", "adafactor" (with factored second moments, not relative to the
+            parameter) or "table" (a momentum, normalized in rows and columns; a vector is one row).
+        fallback_lr: its rate, as one would give it to AdamW, where lr is as it was at construction; schedulers of lr
+            act on both alike. None: lr times what the optimizer's own rule scales its updates by.
+        fallback_betas, fallback_eps: of "adamw".
     """
 
     role: str | None
