@@ -13,7 +13,7 @@ from optim.cases import exported
 
 DOCS = Path(__file__).parents[2] / "docs"
 PICTURES = DOCS / "pictures"
-SCRIPTS = ("choosing",)
+SCRIPTS = ("choosing", "kernels")
 
 
 @pytest.fixture(params=SCRIPTS)
@@ -88,3 +88,30 @@ def test_stacks_add_up_to_the_plan(monkeypatch):
         assert sum(parts.values()) - more == rows["fused"].total
         assert sum(parts.values()) == rows["ordinary"].total
     assert bars["SinkGD"]["state of matrices"] == 4 * 14  # steps of seven matrices in each of two layers
+
+
+def test_tables_and_tickets_are_what_programs_read(monkeypatch):
+    kernels = load("kernels", monkeypatch)
+    # 2.3, less than one and 2.4 tiles
+    assert kernels.table_of((4704, 64, 4912), 2048) == [[0, 4704, 3], [3, 64, 1], [4, 4912, 3]]
+    tickets = kernels.tickets_of(kernels.TICKET_SHAPES, kernels.TICKET_ORDER)
+    first, second, third = ([t for t in tickets if t.owner == owner] for owner in range(3))
+    # 16 rows or 32 columns each; a matrix's phases follow each other, and the last one goes backwards
+    for owned, rows in ((first, 4), (second, 3), (third, 6)):
+        assert [t.phase for t in owned] == ["look"] * rows + ["columns"] * 8 + ["apply"] * rows
+        assert [t.index for t in owned] == [*range(rows), *range(8), *reversed(range(rows))]
+    # two tickets of the next bundle between two phases
+    between = tickets.index(first[4]) - 2, tickets.index(second[-3]) - 2
+    assert [tickets[start : start + 2] for start in between] == [third[:2], third[2:4]]
+
+
+def test_numbers_of_tiles_are_those_of_the_page(monkeypatch):
+    numbers = load("kernels", monkeypatch).numbers()
+    page = (DOCS / "kernels.md").read_text(encoding="utf-8")
+    rows, length, groups, lines = numbers["multinorm"]
+    assert (rows, length, groups * lines) == (2, 4096, 4096)
+    assert "two of 4096 at a time in registers" in page
+    assert f"a ticket: {numbers['projection'][0]} channels" in page
+    assert f"some whole rows, or {numbers['factored'][3]} columns of sums" in page
+    row_pass, column_pass, span = numbers["lowrank"]
+    assert f"{row_pass} rows, {column_pass} columns, or {row_pass} x {span} of the update" in page
