@@ -3,6 +3,8 @@
 Gradients are used and freed as they arrive. Every backward pass is a step; four micro-batches make one here.
 """
 
+import argparse
+
 import torch
 from torch import nn
 
@@ -43,5 +45,7 @@ def main(steps: int = 200) -> list[float]:
 
 
 if __name__ == "__main__":
-    losses = main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="updates (%(default)s)")
+    losses = main(parser.parse_args().steps)
     print(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")
