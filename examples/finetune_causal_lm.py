@@ -102,7 +102,7 @@ def main(arguments: list[str] | None = None) -> list[float]:
         for i in range(args.micro_batches):
             first = torch.randint(len(tokens) - args.context + 1, (args.batch_size,))
             sequences = tokens.unfold(0, args.context, 1)[first].to(device)
-            loss = model(input_ids=sequences, labels=sequences).loss / args.micro_batches
+            loss = model(input_ids=sequences, labels=sequences, use_cache=False).loss / args.micro_batches
             total += loss.detach()
             # fused, the last one updates
             with handle.accumulate() if handle and i < args.micro_batches - 1 else nullcontext():

@@ -21,8 +21,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(steps: int = 200) -> list[float]:
     """Train, and return the loss of each step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(device)
     optimizer = AdaLomo(model.named_parameters(), lr=0.02)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     handle = fuse_backward(model, optimizer, clip_grad_norm=1.0)
@@ -30,7 +31,7 @@ def main(steps: int = 200) -> list[float]:
     for step in range(steps):
         total = 0.0
         for i in range(MICRO_BATCHES):
-            x, y = batch(MICRO_BATCHES * step + i)
+            x, y = (tensor.to(device) for tensor in batch(MICRO_BATCHES * step + i))
             loss = nn.functional.cross_entropy(model(x), y) / MICRO_BATCHES
             if i < MICRO_BATCHES - 1:
                 with handle.accumulate():

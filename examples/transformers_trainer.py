@@ -57,6 +57,7 @@ def main(
             max_grad_norm=max_grad_norm,  # bounds the running norm
             per_device_train_batch_size=16,
             gradient_accumulation_steps=2,
+            logging_first_step=True,
             logging_steps=5,
             save_steps=save_steps,
             report_to=[],
