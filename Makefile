@@ -57,7 +57,7 @@ test-interp: $(READY) ## kernels in Triton's interpreter (budget: 4 minutes)
 
 test-compile: $(READY) $(OLDEST) ## kernels compiled for sm_80, sm_90, sm_100 and gfx942 (budget: 4 minutes)
 	$(PYTEST) tests/compile -n 2 --dist loadgroup
-	PYTHONPATH=$(OLDEST) $(PYTEST) $(addprefix tests/compile/test_,elementwise.py factored.py multinorm.py projection.py lowrank.py tickets.py) -n 2 --dist loadgroup
+	PYTHONPATH=$(OLDEST) $(PYTEST) $(addprefix tests/compile/test_,elementwise.py custom_verb.py factored.py multinorm.py projection.py lowrank.py tickets.py) -n 2 --dist loadgroup
 
 test-optim: $(READY) ## optimizers, checkpoints, command line (budget: 4.5 minutes)
 	$(PYTEST) tests/optim -n 2

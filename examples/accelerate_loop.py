@@ -1,8 +1,10 @@
 """AdaLomo in the backward pass with Accelerate: python examples/accelerate_loop.py (needs pip install '.[hf]')
 
 Fuse what `prepare` returns. With several processes that is a DistributedDataParallel; gradients are then averaged, some
-at a time, before they are used.
+at a time, before they are used: torchrun --standalone --nproc-per-node 2 examples/accelerate_loop.py
 """
+
+import argparse
 
 import torch
 from accelerate import Accelerator
@@ -39,5 +41,7 @@ def main(steps: int = 200) -> list[float]:
 
 
 if __name__ == "__main__":
-    losses = main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="updates (%(default)s)")
+    losses = main(parser.parse_args().steps)
     print(f"loss {sum(losses[:20]) / 20:.4f} at the start, {sum(losses[-20:]) / 20:.4f} at the end")

@@ -1,9 +1,11 @@
-"""Train a language model that FSDP2 shards: torchrun --standalone --nproc-per-node 2 examples/fsdp2_train.py Adafactor
+"""Train a language model that FSDP2 shards: torchrun --standalone --nproc-per-node 2 examples/fsdp2_train.py
 
-On NVIDIA GPUs with NCCL, elsewhere on CPUs with gloo, by any optimizer of the package. Given a folder after its name,
-it saves a checkpoint there, and starts from the last that is there, which any other number of processes may have left.
+It needs pip install '.[cli]', for the model and text of `lowmem train`. On NVIDIA GPUs with NCCL, elsewhere on CPUs
+with gloo, by any optimizer of the package: `... fsdp2_train.py Adafactor runs/fsdp2`. Given a folder after its name, it
+saves a checkpoint there, and starts from the last that is there, which any other number of processes may have left.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -90,7 +92,14 @@ def load_last(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("optimizer", nargs="?", default="AdamW", help="by name (%(default)s)")
+    parser.add_argument("folder", nargs="?", help="of checkpoints (none are kept)")
+    parser.add_argument("--steps", type=int, default=50, help="updates (%(default)s)")
+    args = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("RANK is not set; start it by torchrun, as --help says")
+    main(args.optimizer, args.folder, args.steps)
     sys.stdout.flush()
     # gloo's threads now and then abort an interpreter that shuts down around them
     os._exit(0)

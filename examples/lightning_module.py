@@ -3,6 +3,8 @@
 It needs pip install '.[lightning]'.
 """
 
+import argparse
+
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
@@ -56,5 +58,7 @@ def main(steps: int = 200, gradient_clip_val: float | None = 1.0) -> Regression:
 
 
 if __name__ == "__main__":
-    losses = main().losses
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="updates (%(default)s)")
+    losses = main(parser.parse_args().steps).losses
     print(f"loss {sum(losses[:20]) / 20:.4f} at the start, {sum(losses[-20:]) / 20:.4f} at the end")

@@ -3,6 +3,8 @@
 Gradients are used and freed as they arrive. Every backward pass is a step; four micro-batches make one here.
 """
 
+import argparse
+
 import torch
 from torch import nn
 
@@ -19,8 +21,9 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 def main(steps: int = 200) -> list[float]:
     """Train, and return the loss of each step."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8))
+    model = nn.Sequential(nn.Linear(2, 64), nn.GELU(), nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 8)).to(device)
     optimizer = AdaLomo(model.named_parameters(), lr=0.02)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
     handle = fuse_backward(model, optimizer, clip_grad_norm=1.0)
@@ -28,7 +31,7 @@ def main(steps: int = 200) -> list[float]:
     for step in range(steps):
         total = 0.0
         for i in range(MICRO_BATCHES):
-            x, y = batch(MICRO_BATCHES * step + i)
+            x, y = (tensor.to(device) for tensor in batch(MICRO_BATCHES * step + i))
             loss = nn.functional.cross_entropy(model(x), y) / MICRO_BATCHES
             if i < MICRO_BATCHES - 1:
                 with handle.accumulate():
@@ -43,5 +46,7 @@ def main(steps: int = 200) -> list[float]:
 
 
 if __name__ == "__main__":
-    losses = main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=200, help="updates (%(default)s)")
+    losses = main(parser.parse_args().steps)
     print(f"loss {losses[0]:.3f} at the start, {losses[-1]:.3f} at the end")

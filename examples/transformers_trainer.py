@@ -1,8 +1,10 @@
 """AdaLomo in the backward pass with transformers.Trainer: python examples/transformers_trainer.py
 
-It needs pip install '.[hf]'. A small Llama with random weights learns to count; nothing is downloaded.
+It needs pip install '.[hf]'. A small Llama with random weights learns to count; nothing is downloaded. It takes one
+device: where there are several, CUDA_VISIBLE_DEVICES=0 before the command.
 """
 
+import argparse
 import tempfile
 
 import torch
@@ -55,6 +57,7 @@ def main(
             max_grad_norm=max_grad_norm,  # bounds the running norm
             per_device_train_batch_size=16,
             gradient_accumulation_steps=2,
+            logging_first_step=True,
             logging_steps=5,
             save_steps=save_steps,
             report_to=[],
@@ -70,5 +73,7 @@ def main(
 
 
 if __name__ == "__main__":
-    log = [entry for entry in main().state.log_history if "loss" in entry]
-    print(f"loss {log[0]['loss']} at the start, {log[-1]['loss']} at the end")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=60, help="updates (%(default)s)")
+    log = [entry for entry in main(parser.parse_args().steps).state.log_history if "loss" in entry]
+    print(f"loss {float(log[0]['loss']):.3f} at the start, {float(log[-1]['loss']):.3f} at the end")

@@ -73,7 +73,7 @@ def adamw_(
 ) -> None:
     """As `lowmem_kernels.elementwise.adamw_`: one launch for each layout that occurs."""
     beta1, beta2 = betas
-    _launch_update(
+    launch_update(
         _adamw_kernel, (params, grads, exp_avgs, exp_avg_sqs, steps), shards, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay), eps=float(eps),
         # 1 - beta and log(beta) are taken here, in double precision: 1 - 0.999f is off by 1e-5 of itself
@@ -94,7 +94,7 @@ def scaled_update_(
     rounding: Rounding,
 ) -> None:
     """As `lowmem_kernels.elementwise.scaled_update_`: one launch for each layout that occurs."""
-    _launch_update(
+    launch_update(
         _scaled_update_kernel, (params, grads, steps), shards, transform, rounding,
         lr=device_scalar(lr), weight_decay=float(weight_decay),
     )  # fmt: skip
@@ -118,7 +118,7 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
     return results[0] if len(results) == 1 else torch.stack(results).sum(0)
 
 
-def _launch_update(
+def launch_update(
     kernel: Any,
     columns: Sequence[Sequence[Tensor]],
     shards: Sequence[Shard | None] | None,
@@ -126,7 +126,14 @@ def _launch_update(
     rounding: Rounding,
     **arguments: Any,
 ) -> None:
-    # the last column is the step counters
+    """Launch the kernel of an element-wise rule, once for each layout that occurs.
+
+    Args:
+        kernel: takes `update_arguments`, and ``table_ptr, counter_ptr, rows, DIGITS, TILE, BLOCK``.
+        columns: params, grads, any states and steps, as they follow each other in the kernel's table.
+        shards, transform, rounding: as the verb has them.
+        **arguments: the kernel's own.
+    """
     params, grads = columns[0], columns[1]
     if not params:
         return

@@ -40,7 +40,7 @@ def adamw_(
         # one subtraction: p * (1 - lr * weight_decay) would repeat the same rounding error of the factor every step
         p.sub_(torch.div(m, denominator, out=denominator).mul_(step_size).add_(p, alpha=lr * weight_decay))
 
-    _update_(update, (params, exp_avgs, exp_avg_sqs), grads, steps, shards, transform, rounding)
+    update_blocks_(update, (params, exp_avgs, exp_avg_sqs), grads, steps, shards, transform, rounding)
 
 
 def scaled_update_(
@@ -60,7 +60,7 @@ def scaled_update_(
     def update(step: int, p: Tensor, g: Tensor) -> None:
         p.sub_((g * lr).add_(p, alpha=lr * weight_decay))
 
-    _update_(update, (params,), grads, steps, shards, transform, rounding)
+    update_blocks_(update, (params,), grads, steps, shards, transform, rounding)
 
 
 @torch.no_grad()
@@ -78,7 +78,7 @@ def grad_stats(grads: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
-def _update_(
+def update_blocks_(
     update: Callable[..., None],
     targets: Sequence[Sequence[Tensor]],
     grads: Sequence[Tensor],
@@ -87,7 +87,13 @@ def _update_(
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
-    """Run ``update(step, parameter, gradient, *states)``, which changes fp32 blocks in place, over all tensors."""
+    """Run ``update(step, parameter, gradient, *states)``, which changes fp32 blocks in place, over all tensors.
+
+    Args:
+        update: an element-wise rule. Its gradient is as ``transform`` says, ``step`` is the update's number, from 1.
+        targets: parameters, and lists of states; each is rounded once, with the noise of its place here.
+        grads, steps, shards, transform, rounding: as the verb has them.
+    """
     if found_inf(transform):
         return
     for index, (grad, key) in enumerate(zip(grads, rounding.keys(len(grads)), strict=True)):

@@ -84,6 +84,28 @@ def test_what_cannot_be_fused():
     fuse_backward(model, optimizer).remove()
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_callbacks_refuse_what_they_cannot_do():
+    from lowmem_optim.integrations import lightning, transformers
+
+    class Several:
+        world_size, n_gpu, optimizers = 2, 1, [1, 2]
+
+    with pytest.raises(RuntimeError, match="the Trainer has 2 processes with 1 devices each; allowed: one of one"):
+        transformers.FuseBackwardCallback().on_train_begin(Several, None, None, model=None, optimizer=None)
+    with pytest.raises(RuntimeError, match="the module has 2 optimizers; allowed: one"):
+        lightning.FuseBackwardCallback().on_train_start(Several, None)
+
+    class Scaled:
+        optimizers, precision = [1], "16-mixed"
+
+        class precision_plugin:
+            scaler = torch.amp.GradScaler("cpu")
+
+    with pytest.raises(TypeError, match="precision is '16-mixed'; a GradScaler unscales"):
+        lightning.FuseBackwardCallback().on_train_start(Scaled, None)
+
+
 def test_a_checkpoint_of_a_fused_optimizer_loads_without_the_handle():
     model = Weights(names=SMALL)
     optimizer = Lomo(list(model.named_parameters()))
