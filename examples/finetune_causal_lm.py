@@ -34,7 +34,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--text", type=Path, default=Path(__file__), help="a text file to learn (this one)")
     parser.add_argument("--output", type=Path, help="folder for the checkpoint and the model (none is kept)")
     parser.add_argument("--optimizer", choices=NAMES, default="SinkGD", help="by name (%(default)s)")
-    parser.add_argument("--lr", type=float, help="its learning rate (the optimizer's default)")
+    parser.add_argument("--lr", type=float, help="its learning rate (the optimizer's default; Adafactor has none)")
     parser.add_argument("--steps", type=int, default=60, help="updates (%(default)s)")
     parser.add_argument("--batch-size", type=int, default=8, help="sequences in a micro-batch (%(default)s)")
     parser.add_argument("--micro-batches", type=int, default=2, help="that make an update (%(default)s)")
