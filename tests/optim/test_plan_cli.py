@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,12 +11,14 @@ import transformers
 from torch import nn
 from typer.testing import CliRunner
 
+import lowmem_optim
 from lowmem_kernels.testing.models import MODELS, Architecture, parameter_count
 from lowmem_optim import split_params
 from lowmem_optim.cli import app
+from lowmem_optim.cli.plan_advice import PREFERRED, recommendation
 from lowmem_optim.cli.plan_memory import PARTS, Row, Setting
-from lowmem_optim.cli.plan_model import module_of
-from lowmem_optim.cli.plan_report import PREFERRED, recommendation, size_of
+from lowmem_optim.cli.plan_model import Model, module_of
+from lowmem_optim.cli.plan_report import size_of
 from optim.cases import exported
 from optim.test_bench import words
 
@@ -174,6 +177,8 @@ def test_frozen_parameters_have_no_gradients(monkeypatch):
     [
         (("lama-7b",), "'MODEL': model is 'lama-7b'; did you mean llama-7b"),
         (("bert",), "'MODEL': model is 'bert'; allowed: gpt2, gpt2-xl, llama-60m"),
+        (("someone/Llama-7b-hf",), "model is 'someone/Llama-7b-hf'; did you mean llama-7b"),
+        (("7b",), "model is '7b'; did you mean llama-7b or mixtral-8x7b? allowed: gpt2"),
         (("{folder}",), "the folder {folder} has no config.json; allowed: a config.json of transformers, a folder"),
         (("{folder}/text",), "cannot read {folder}/text as JSON"),
         (("{folder}/list.json",), "{folder}/list.json has no 'model_type'; allowed: a config.json of transformers"),
@@ -184,6 +189,7 @@ def test_frozen_parameters_have_no_gradients(monkeypatch):
         (("builtins:dict",), "builtins:dict() returned a dict; allowed: a torch.nn.Module"),
         (("torch.nn:ReLU",), "model is 'torch.nn:ReLU', which has no parameters to train; allowed: one that has"),
         (("tiny", "--gpu", "24 apples"), "'--gpu': '24 apples' is not a size; allowed: a number > 0 with MB, GB"),
+        (("tiny", "--gpu", "24"), "'--gpu': '24' is not a size; allowed: a number > 0 with MB, GB"),
         (("tiny", "--gpu", "0GB"), "'--gpu': '0GB' is not a size"),
         (("tiny", "-o", "adamv"), "'--optimizer': no optimizer is named 'adamv'; did you mean "),
         (("tiny", "-o", "torch.adafactor"), "torch.Adafactor cannot be planned: its step reads values"),
@@ -220,7 +226,7 @@ def test_help_names_every_model():
 
 
 @pytest.mark.parametrize(
-    ("text", "nbytes"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("100", 100), ("7MiB", 7 * 2**20)]
+    ("text", "nbytes"), [("24GB", 24e9), ("80 GiB", 80 * 2**30), ("1.5tb", 1.5e12), ("7MiB", 7 * 2**20)]
 )
 def test_sizes(text, nbytes):
     assert size_of(text) == nbytes
@@ -229,6 +235,7 @@ def test_sizes(text, nbytes):
 # what to take
 
 PLAIN = Setting(torch.bfloat16, 1, 1, False)
+UNKNOWN = Model("it", nn.Linear(1, 1), None)
 
 
 def row(optimizer, mode, gigabytes, part="state"):
@@ -243,22 +250,73 @@ def test_the_first_that_fits_is_taken_and_an_ordinary_step_before_a_fused_one():
         row("APOLLO", "ordinary", 23),
         row("AdamW", "fused", 60),
     ]
-    assert recommendation(rows, PLAIN, 24 * 10**9) == (
+    assert recommendation(UNKNOWN, rows, PLAIN, 24 * 10**9) == (
         "Take APOLLO: 23.0 GB of 24.0 GB, and of those that fit it keeps most of Adam (both moments of a random "
         "projection); AdamW with fuse_backward would take 60.0 GB."
     )
-    assert recommendation(rows, PLAIN, 22 * 10**9).startswith("Take APOLLO with fuse_backward: 20.0 GB")
-    assert recommendation(rows, PLAIN, 60 * 10**9).startswith("Take AdamW with fuse_backward: 60.0 GB of 60.0 GB")
-    assert "Take AdaPM with fuse_backward: " in recommendation([row("AdaPM", "fused", 1)], PLAIN, 10**9)
+    assert recommendation(UNKNOWN, rows, PLAIN, 22 * 10**9).startswith("Take APOLLO with fuse_backward: 20.0 GB")
+    assert recommendation(UNKNOWN, rows, PLAIN, 60 * 10**9).startswith(
+        "Take AdamW with fuse_backward: 60.0 GB of 60.0 GB"
+    )
+    assert "Take AdaPM with fuse_backward: " in recommendation(UNKNOWN, [row("AdaPM", "fused", 1)], PLAIN, 10**9)
     assert PREFERRED.keys() <= {*exported(), "torch.AdamW(fused)"}
+
+
+def test_reasons_are_true_of_few_optimizers():
+    """One by itself keeps no more of Adam than others, and SinkGD keeps nothing."""
+    rows = [row("APOLLO", "fused", 20), row("APOLLO", "ordinary", 30)]
+    assert recommendation(UNKNOWN, rows, PLAIN, 24 * 10**9) == (
+        "Take APOLLO with fuse_backward: 20.0 GB of 24.0 GB; APOLLO with ordinary steps would take 30.0 GB."
+    )
+    rows = [row("SinkGD", "fused", 20), row("AdamW", "fused", 30)]
+    assert ", and none of these that keeps more of Adam fits; AdamW" in recommendation(UNKNOWN, rows, PLAIN, 24 * 10**9)
+
+
+@pytest.mark.parametrize(("gigabytes", "batch"), [(18, None), (21.9, None), (22, 3), (90, 20)])
+def test_the_batch_that_fits(gigabytes, batch):
+    """State takes 10 GB, and each of now two sequences 4."""
+    rows = [replace(row("APOLLO", "fused", 10), activations=8 * 10**9)]
+    said = recommendation(UNKNOWN, rows, replace(PLAIN, batch=2), round(gigabytes * 1e9))
+    assert said == f"Take APOLLO with fuse_backward: 18.0 GB of {gigabytes:.1f} GB." + (
+        f" It fits up to --batch {batch}." if batch else ""
+    )
+
+
+def test_what_would_fit_is_planned_and_fits():
+    def plan(*arguments):
+        return planned("llama-1b", "-o", "lomo", *arguments)
+
+    def total(*arguments):
+        return plan(*arguments)["rows"][0]["total"] / 1e9
+
+    def advice(gigabytes):
+        return plan("--batch", 4, "--gpu", f"{gigabytes}GB")["recommendation"].partition("23.8 GB. ")[2]
+
+    assert advice(9) == f"With --checkpointing it takes {total('--batch', 4, '--checkpointing'):.1f} GB."
+    assert total("--checkpointing") < 4 < total("--batch", 4, "--checkpointing")
+    assert advice(4) == "With --checkpointing and a smaller --batch it fits."
+    most = int(advice(3).removeprefix("With --checkpointing, --batch 1 and --sequence ").removesuffix(" it fits."))
+    assert total("--checkpointing", "--sequence", most) <= 3 < total("--checkpointing", "--sequence", most + 1)
+    assert advice(1) == "It takes a larger device, several with --ranks N --sharding fsdp2, or a smaller model."
+    freed = "An optimizer of this package with fuse_backward frees gradients as they arrive."
+    assert planned("tiny", "-o", "torch.sgd", "--sequence", 1, "--gpu", "0.07MB")["recommendation"].endswith(freed)
+
+
+def test_the_code_that_is_printed_makes_the_optimizer():
+    output = run("tiny", "-o", "sinkgd", "--opt", "fallback=adafactor", "--gpu", "1GB", "--batch", "1").output
+    code = [line for line in output.splitlines() if line.startswith(("optimizer = ", "lowmem_optim.fuse"))]
+    namespace = {"lowmem_optim": lowmem_optim, "model": module_of(TINY.shapes(), "cpu")}
+    exec("\n".join(code), namespace)
+    assert isinstance(namespace["optimizer"], lowmem_optim.SinkGD)
+    assert "adafactor" in repr(namespace["optimizer"])
 
 
 def test_nothing_fits_and_no_device_is_named():
     rows = [row("Lomo", "fused", 10, part="activations"), row("AdamW", "ordinary", 60)]
-    assert recommendation(rows, PLAIN, 10**9) == (
-        "Nothing fits in 1.0 GB: the least is Lomo with fuse_backward, 10.0 GB, most of it activations: a smaller "
-        "--batch or --sequence, or --checkpointing."
+    assert recommendation(UNKNOWN, rows, PLAIN, 10**9) == (
+        "Nothing fits in 1.0 GB: the least is Lomo with fuse_backward, 10.0 GB. It takes a larger device, several with "
+        "--ranks N --sharding fsdp2, or a smaller model."
     )
-    assert recommendation(rows, PLAIN, None) == (
+    assert recommendation(UNKNOWN, rows, PLAIN, None) == (
         "Lomo with fuse_backward takes least, 10.0 GB, and AdamW most, 60.0 GB; --gpu SIZE says what to take."
     )

@@ -70,7 +70,7 @@ def plan_command(
     """
     # here rather than above, so that `lowmem --help` need not wait for torch
     from lowmem_optim import split_params
-    from lowmem_optim.cli import plan_plot, plan_report, registry
+    from lowmem_optim.cli import plan_advice, plan_plot, plan_report, registry
     from lowmem_optim.cli.loop import DTYPES
     from lowmem_optim.cli.plan_memory import Setting, plan
     from lowmem_optim.cli.plan_model import load_model
@@ -106,7 +106,13 @@ def plan_command(
         typer.echo(plan_report.as_json(found, rows, setting, memory))
     else:
         plan_report.show(console, title, rows, setting, memory)
-        console.print(plan_report.recommendation(rows, setting, memory), style="bold", highlight=False, soft_wrap=True)
+        advice = plan_advice.recommendation(found, rows, setting, memory)
+        console.print(advice, style="bold", highlight=False, soft_wrap=True)
+        best = None if memory is None else plan_advice.best_of(rows, memory)
+        own = next((choice for choice in choices if best and choice.name == best.optimizer and choice.can_fuse), None)
+        if best is not None and own is not None:
+            taken = {key: value for key, value in options.items() if own.takes(key)}
+            console.print(plan_advice.in_code(best, taken), highlight=False, markup=False, soft_wrap=True)
     if plot is not None:
         plan_plot.draw(plot, rows, title, memory)
     if json is not None and not to_stdout:

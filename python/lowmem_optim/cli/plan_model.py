@@ -54,10 +54,10 @@ def load_model(name: str, dtype: torch.dtype) -> Model:
 
     Nothing is read but configurations, and nothing from a network. Raises ValueError for what is none of these.
     """
-    path = Path(name)
-    if name in MODELS:
-        architecture = MODELS[name]
-        module: nn.Module = module_of(model_shapes(name))
+    path, known = Path(name), name.lower()
+    if known in MODELS:
+        architecture = MODELS[known]
+        module: nn.Module = module_of(model_shapes(known))
         sizes: Sizes | None = _sizes_of_architecture(architecture)
     elif path.exists():
         module, sizes = _from_config(path)
@@ -65,9 +65,10 @@ def load_model(name: str, dtype: torch.dtype) -> Model:
         module = _from_callable(name)
         sizes = _sizes_of_config(getattr(module, "config", None), module)
     else:
-        near = difflib.get_close_matches(name, MODELS)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"allowed: {', '.join(MODELS)}, {KINDS}"
-        raise ValueError(f"model is {name!r}; {hint}")
+        last = known.rpartition("/")[-1]
+        near = [model for model in MODELS if last in model] or difflib.get_close_matches(last, MODELS)
+        hint = f"did you mean {' or '.join(near)}? " if near else ""
+        raise ValueError(f"model is {name!r}; {hint}allowed: {', '.join(MODELS)}, {KINDS}")
     module = module.to("meta", dtype)
     if not any(param.requires_grad for param in module.parameters()):
         raise ValueError(f"model is {name!r}, which has no parameters to train; allowed: one that has")

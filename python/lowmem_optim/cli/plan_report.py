@@ -10,27 +10,14 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_optim.cli.plan_advice import recommendation
 from lowmem_optim.cli.plan_memory import PARTS, Row, Setting, largest_two
 from lowmem_optim.cli.plan_model import Model
 from lowmem_optim.cli.report import ABSENT
 
 GB = 10**9
 WIDTH = 116  # below that figures would be cut
-UNITS = {"": 1, "B": 1, "MB": 10**6, "GB": GB, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-
-#: What is recommended if it fits: the first, and an ordinary step before a fused one. In the order of how much of Adam
-#: a rule keeps, since most recipes are made for Adam; the last entry says what is kept.
-PREFERRED = {
-    "AdamW": "both moments of every element",
-    "AdamMini": "the momentum of every element, and a second moment for each row",
-    "APOLLO": "both moments of a random projection",
-    "APOLLOMini": "both moments of one random direction",
-    "Adafactor": "a second moment in rows and columns",
-    "SinkGD": "no moment, but normalized rows and columns",
-    "Lomo": "nothing",
-    # without stochastic rounding, so it comes last
-    "torch.AdamW(fused)": "both moments of every element, in the parameters' dtype",
-}
+UNITS = {"MB": 10**6, "GB": GB, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 
 #: Headers that would take too much room in one line.
 HEADERS = {"temporaries": "tempo-\nraries", "activations": "activa-\ntions", "communication": "communi-\ncation"}
@@ -76,7 +63,7 @@ def show(console: Console, title: str, rows: list[Row], setting: Setting, gpu: i
         header = f"{name},\n{unit}" if name == "total" else HEADERS.get(name, name)
         table.add_column(header, justify="right", no_wrap=True)
     if gpu is not None:
-        table.add_column(f"fits in\n{gpu / size:,.10g} {unit}", justify="right", no_wrap=True)
+        table.add_column(f"fits in\n{round(gpu / size, 2):,.10g} {unit}", justify="right", no_wrap=True)
     for row in rows:
         cells = [_figure(getattr(row, part), size) for part in (*parts, "total")]
         fits = [] if gpu is None else ["yes" if row.total <= gpu else f"{(row.total - gpu) / size:,.1f} over"]
@@ -94,57 +81,16 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
         found.append("Activations are not in it: the sizes of this model's layers are not known.")
     if unknown := {row.optimizer: None for row in rows if row.temporaries is None}:
         found.append(f"Temporaries of {', '.join(unknown)} are not in it: nobody has counted them.")
+    if any(row.mode == "fused" for row in rows):
+        found.append(
+            "Micro-batches keep all gradients between them, fused or not: those of ordinary steps then come on top."
+        )
     if setting.sharding == "ddp":
         found.append(
             "Communication: DDP's buckets (none with gradient_as_bucket_view=True); fused, gradients being averaged, "
             "with process_group= and no wrapper, whose buckets would be as large as all gradients."
         )
     return found
-
-
-def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
-    """Returns one sentence: what to take, and why."""
-    least = min(rows, key=lambda row: row.total)
-    if gpu is None:
-        most = max(rows, key=lambda row: row.total)
-        return (
-            f"{_name(least)} takes least, {_gb(least.total)}, and {_name(most)} most, {_gb(most.total)}; "
-            "--gpu SIZE says what to take."
-        )
-    # those that are not in the order come last, from the least
-    order = [*PREFERRED]
-    place = {row: (order.index(row.optimizer) if row.optimizer in order else len(order)) for row in rows}
-    fitting = [row for row in rows if row.total <= gpu]
-    if not fitting:
-        return f"Nothing fits in {_gb(gpu)}: the least is {_name(least)}, {_gb(least.total)}, {_advice(least)}."
-    best = min(fitting, key=lambda row: (place[row], row.mode == "fused", row.total))
-    kept = PREFERRED.get(best.optimizer)
-    reason = (
-        f"of those that fit it keeps most of Adam ({kept})" if kept else "none of these that keeps more of Adam fits"
-    )
-    larger = [row for row in rows if row.total > gpu and place[row] <= place[best] and row.optimizer in PREFERRED]
-    beyond = min(larger, key=lambda row: (place[row], row.total), default=None)
-    against = f"; {_name(beyond)} would take {_gb(beyond.total)}" if beyond else ""
-    return f"Take {_name(best)}: {_gb(best.total)} of {_gb(gpu)}, and {reason}{against}."
-
-
-def _advice(row: Row) -> str:
-    largest = max(PARTS, key=lambda part: getattr(row, part) or 0)
-    hints = {
-        "activations": "most of it activations: a smaller --batch or --sequence, or --checkpointing",
-        "gradients": "most of it gradients: an optimizer of this package with fuse_backward frees them as they arrive",
-        "communication": "most of it layers that are gathered, which more ranks do not make smaller",
-        "state": "most of it state: another --optimizer has less",
-    }
-    return hints.get(largest, "most of it parameters: a larger device, or a smaller --dtype or model")
-
-
-def _name(row: Row) -> str:
-    return row.optimizer + (" with fuse_backward" if row.mode == "fused" else "")
-
-
-def _gb(nbytes: int) -> str:
-    return f"{nbytes / GB:,.1f} GB" if nbytes >= GB else f"{nbytes / 10**6:,.1f} MB"
 
 
 def unit_of(rows: list[Row]) -> tuple[str, int]:
@@ -172,7 +118,7 @@ def as_json(model: Model, rows: list[Row], setting: Setting, gpu: int | None) ->
             {**asdict(row), "total": row.total, "fits": None if gpu is None else row.total <= gpu} for row in rows
         ],
         "notes": [NOTE, *notes(rows, setting)],
-        "recommendation": recommendation(rows, setting, gpu),
+        "recommendation": recommendation(model, rows, setting, gpu),
     }
     return json.dumps(record, indent=1)
 
