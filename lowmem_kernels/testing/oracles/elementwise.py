@@ -12,7 +12,8 @@ from .types import AllGrads, AllOptions, Array, End, Grads, Options
 #: divided by sqrt(c), c being what corrects the bias of v.
 ADAM_EPS = ("outside", "inside", "uncorrected")
 
-_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "eps_place": "outside"}
+#: What both do if told nothing.
+ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0, "eps_place": "outside"}
 
 
 def adamw(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> End:
@@ -30,7 +31,7 @@ def _adam(params: Sequence[Array], grads: AllGrads, options: AllOptions, coupled
     m, v = [0 * p for p in params], [0 * p for p in params]
     for t in range(1, len(grads) + 1):
         for i, (g, given) in enumerate(zip(grads[t - 1], options[t - 1], strict=True)):
-            o = {**_ADAM, **given}
+            o = {**ADAM, **given}
             beta1, beta2 = o["betas"]
             g = g + o["weight_decay"] * params[i] if coupled else g
             m[i] = beta1 * m[i] + (1 - beta1) * g

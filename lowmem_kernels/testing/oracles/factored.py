@@ -25,8 +25,10 @@ TRANSFORMERS = {
     "warmup_init": False,
     "eps_place": "square",
 }
-_TORCH = {"eps": (None, 1e-3), "beta2_decay": -0.8, "d": 1.0, "weight_decay": 0.0, "eps_place": "floor"}
-_CAME = {
+#: What torch.optim.Adafactor does if told nothing.
+TORCH = {"eps": (None, 1e-3), "beta2_decay": -0.8, "d": 1.0, "weight_decay": 0.0, "eps_place": "floor"}
+#: What CAME does if told nothing.
+CAME = {
     "betas": (0.9, 0.999, 0.9999),
     "eps": (1e-30, 1e-16),
     "clip_threshold": 1.0,
@@ -130,7 +132,7 @@ def torch_adafactor(params: Sequence[Array], grads: AllGrads, options: AllOption
     moments = [SecondMoment(p.shape) for p in params]
     for t in range(1, len(grads) + 1):
         for i, (g, given) in enumerate(zip(grads[t - 1], options[t - 1], strict=True)):
-            o = {**_TORCH, **given}
+            o = {**TORCH, **given}
             eps1 = 2.0**-23 if o["eps"][0] is None else o["eps"][0]
             alpha = max(o["eps"][1], rms(params[i])) * min(o["lr"], 1 / np.sqrt(t))
             params[i] = params[i] - o["lr"] * o["weight_decay"] * params[i]
@@ -146,7 +148,7 @@ def came(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> End:
     moments, instabilities = ([SecondMoment(p.shape) for p in params] for _ in range(2))
     for gs, os in zip(grads, options, strict=True):
         for i, (g, given) in enumerate(zip(gs, os, strict=True)):
-            o = {**_CAME, **given}
+            o = {**CAME, **given}
             beta1, beta2, beta3 = o["betas"]
             u = clipped(_divided(g, moments[i], 1 - beta2, o["eps"][0], o["eps_place"]), o["clip_threshold"])
             m[i] = beta1 * m[i] + (1 - beta1) * u

@@ -16,18 +16,19 @@ from .types import AllGrads, AllOptions, Array, End
 DAMPING = {"power": 1.0, "fixed": 1.0, "gd": 0.5}
 
 #: What AdaPM does if told nothing, with policy="lowrank".
-_ADAPM = {
-    "rank": 4,
-    "betas": (0.9, 0.999),
+ADAPM = {
+    "rank": 16,
+    "betas": (0.9, 0.95),
     "eps": 1e-8,
-    "weight_decay": 0.0,
+    "weight_decay": 0.1,
     "second_moment": "adam",
     "update_clip": ("elem", 3.0),
     "solver": "power",
     "refresh": 50,
     "residual_scale": 1.0,
 }
-_ADAMMINI = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
+#: What AdamMini does if told nothing.
+ADAMMINI = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.0}
 
 
 def least_squares(left: Array, a: Array) -> Array:
@@ -115,7 +116,7 @@ def adapm(
     """
     ends, states = [], []
     for i, p in enumerate(params):
-        o = {**_ADAPM, **options[0][i]}
+        o = {**ADAPM, **options[0][i]}
         low = p.ndim in (2, 3) and p.size > 0
         factored = o["second_moment"] == "factored" and p.ndim >= 2
         v: Any = (np.zeros(p.shape[:-1]), np.zeros((*p.shape[:-2], *p.shape[-1:]))) if factored else 0 * p
@@ -125,7 +126,7 @@ def adapm(
         factors = [start] * len(stack) if low else []
         m = 0 * p
         for t in range(1, len(grads) + 1):
-            o = {**_ADAPM, **options[t - 1][i]}
+            o = {**ADAPM, **options[t - 1][i]}
             beta1, beta2 = o["betas"]
             g = grads[t - 1][i]
             if low:
@@ -160,7 +161,7 @@ def adammini(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> E
     for i, p in enumerate(params):
         m, v = 0 * p, np.zeros(rows_of(p.shape))
         for t in range(1, len(grads) + 1):
-            o = {**_ADAMMINI, **options[t - 1][i]}
+            o = {**ADAMMINI, **options[t - 1][i]}
             beta1, beta2 = o["betas"]
             g = grads[t - 1][i]
             m = beta1 * m + (1 - beta1) * g

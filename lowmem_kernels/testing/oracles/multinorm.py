@@ -31,7 +31,7 @@ DEFAULTS = {
     "fallback_eps": 1e-8,
 }
 #: What SWAN does if told nothing, where that is not what MNGD does.
-_SWAN = {"iterations": None, "beta": 0.8, "center": True}
+SWAN = {"iterations": None, "beta": 0.8, "center": True}
 
 
 def mngd(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> End:
@@ -53,7 +53,7 @@ def sinkgd(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> End
 
 def swan(params: Sequence[Array], grads: AllGrads, options: AllOptions) -> End:
     """2412.13148, algorithms 1 and 2. Of matrices it is a multi-normalization: rows, then once a spectral norm."""
-    return mngd(params, grads, [[_as_mngd({**_SWAN, **o}) for o in os] for os in options])
+    return mngd(params, grads, [[_as_mngd({**SWAN, **o}) for o in os] for os in options])
 
 
 def _as_mngd(o: Options) -> Options:

@@ -157,5 +157,6 @@ def apollo(
 def apollo_mini(
     params: Sequence[Array], grads: AllGrads, options: AllOptions, uids: Sequence[int] | None = None
 ) -> End:
-    """As `apollo`, with rank 1 and one scale for a matrix."""
-    return apollo(params, grads, options, uids, {**DEFAULTS, **MINI})
+    """As `apollo`, with rank 1 and one scale for a matrix, whatever the options say."""
+    fixed = [[{**o, "rank": 1, "scale_type": "tensor"} for o in os] for os in options]
+    return apollo(params, grads, fixed, uids, {**DEFAULTS, **MINI})
