@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 EXAMINED, PLACE, FILES = "Examine an optimizer", "Where", "Output"
-#: Options of optimizers that the probes set themselves.
-SET_BY_PROBES = dict.fromkeys(("lr", "weight_decay"), "none: probes choose it")
+#: Arguments of optimizers that the probes set themselves.
+SET_BY_PROBES = ("lr", "weight_decay")
 
 
 def doctor_command(
@@ -76,7 +76,11 @@ def doctor_command(
             subject = load_subject(optimizer, {}, device)
         with blaming("--opt"):
             choice = registry.Choice(subject.name, subject.cls)
-            subject = replace(subject, options=registry.parse_options(opt or [], [choice], SET_BY_PROBES))
+            options = registry.parse_options(opt or [], [choice], elsewhere={})
+            for key in SET_BY_PROBES:
+                if key in options:
+                    raise ValueError(f"{key} is {options[key]!r}, and the probes choose it; allowed: other arguments")
+            subject = replace(subject, options=options)
     to_stdout = str(json) == "-"
     with blaming("--json"):
         if json is not None and not to_stdout:

@@ -41,7 +41,12 @@ def examine(subject: Subject, against: Rule | None = None) -> Iterator[Verdict]:
     The state of torch's random numbers is what it was in the end.
     """
     with torch.random.fork_rng():
-        found = recognize(subject, against)
+        try:
+            found = recognize(subject, against)
+        except ValueError:
+            raise
+        except Exception as error:  # anything that somebody else's code raises
+            raise ValueError(f"{subject.name} cannot take a step here: {line_of(error)}") from error
         for name, probe in PROBES.items():
             try:
                 yield probe(subject, found)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from .inputs import gradients, starts, values
-from .recognize import STEPS, Recognition, distance
+from .recognize import STEPS, Recognition, distance, plain
 from .subject import LR, Subject
 from .verdict import Verdict
 
@@ -158,12 +158,12 @@ def shapes(subject: Subject, found: Recognition) -> Verdict:
         try:
             if found.known:
                 with np.errstate(all="ignore"):
-                    figures[name] = distance(found.nearest, subject, [start], grads)
+                    figures[name] = distance(found.nearest, subject, [start], grads, **plain(subject))
                 if figures[name] > 1:
                     odd.append(f"{name} is {figures[name]:.1e} tolerances off")
             else:
-                end, plain = (subject.run([each], grads)[0][0] for each in (start, start.contiguous()))
-                if not torch.allclose(end, plain, rtol=1e-5, atol=1e-5 * LR):
+                end, other = (subject.run([each], grads)[0][0] for each in (start, start.contiguous()))
+                if not torch.allclose(end, other, rtol=1e-5, atol=1e-5 * LR):
                     odd.append(f"{name} has other numbers than contiguous")
         except Exception as error:  # anything that somebody else's code raises
             odd.append(f"{name} raises {type(error).__name__}")

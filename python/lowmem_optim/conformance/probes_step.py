@@ -47,7 +47,7 @@ def nonfinite(subject: Subject, found: Recognition, bad: float) -> Verdict:
     moved = [c != p for c, p in zip(runs[1][1], runs[1][0], strict=True)]
     still = _reach([(a == b) & m for a, b, m in zip(after, before, moved, strict=True)])
     stuck = _reach([(a == b) & m for a, b, m in zip(end, after, moved, strict=True)])
-    if stuck not in ("nothing", "element") or (stuck == "element" and still != "element"):
+    if stuck != "nothing":
         return Verdict(
             probe, f"{stuck} stuck", f"{_the(stuck).capitalize()} does not move any more, and nothing is NaN."
         )

@@ -20,6 +20,8 @@ from .subject import Subject
 STEPS = 5
 #: Far above what any default is, so that its place shows; gradients' squares are 0.04 to 9.
 LARGE_EPS = 0.1
+#: Nothing, wherever it is put, so that rules agree that put it elsewhere.
+SMALL_EPS = 1e-30
 #: Above 1 / sqrt(t) from the third step on, which bounds the rate of torch.optim.Adafactor.
 LARGE_LR = 0.7
 
@@ -28,19 +30,24 @@ Multiples = Mapping[str, float]
 
 def conditions(subject: Subject) -> dict[str, dict[str, Any]]:
     """By name, what is set in each of the runs that a rule has to agree in."""
-    found: dict[str, dict[str, Any]] = {"plain": {}, "large lr": {"lr": LARGE_LR}}
+    common = plain(subject)
+    found: dict[str, dict[str, Any]] = {"plain": common, "large lr": {**common, "lr": LARGE_LR}}
     if subject.takes("eps"):
-        found["large eps"] = {"eps": large_eps(subject)}
+        found["large eps"] = {"eps": _eps(subject, LARGE_EPS)}
     if subject.takes("weight_decay"):
-        found["weight decay"] = {"weight_decay": 0.1}
+        found["weight decay"] = {**common, "weight_decay": 0.1}
     return found
 
 
-def large_eps(subject: Subject) -> Any:
-    """LARGE_EPS for the eps that the gradient is divided with, the first if there are several."""
-    group = subject.make(subject.params(starts(MATRICES[0]))).param_groups[0]
-    eps = group["eps"]
-    return (LARGE_EPS, *eps[1:]) if isinstance(eps, (tuple, list)) else LARGE_EPS
+def plain(subject: Subject) -> dict[str, Any]:
+    """What is set so that only the rule itself shows: an eps that is nothing."""
+    return {"eps": _eps(subject, SMALL_EPS)} if subject.takes("eps") else {}
+
+
+def _eps(subject: Subject, value: float) -> Any:
+    """The value for the eps that the gradient is divided with, the first if there are several."""
+    eps = subject.make(subject.params(starts(MATRICES[0]))).param_groups[0]["eps"]
+    return (value, *eps[1:]) if isinstance(eps, (tuple, list)) else value
 
 
 def options_of(subject: Subject, optimizer: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from .subject import Subject
 from .verdict import line_of
 
 STEPS = 3
+#: So large that an update counts for more than the rounding of what it is added to.
+OPTIONS: dict[str, Any] = {"lr": 0.5, "weight_decay": 0.1}
 #: Of `lowmem_kernels.testing.SHAPES`: sizes that fit no block, layouts that are not contiguous, and nothing.
 UGLY = ("scalar", "seven", "row", "column", "odd_matrix", "conv_channels_last", "transposed", "misaligned", "empty")
 #: The share of bfloat16 elements that may be rounded to the other neighbour: fp32 results are 2**-16 of a spacing
@@ -86,8 +89,15 @@ def _names() -> list[str]:
 def _against_reference(subject: Subject, dtype: torch.dtype) -> dict[str, float]:
     """By shape, how far the kernels are from the torch reference on the CPU."""
     begins, grads = _tensors(dtype)
-    actual, _ = subject.run(begins, grads, dtype, backend="triton", weight_decay=0.1)
-    expected, _ = replace(subject, device="cpu").run(begins, grads, dtype, backend="torch", weight_decay=0.1)
+    actual, _ = subject.run(begins, grads, dtype, backend="triton", **OPTIONS)
+    reference = replace(subject, device="cpu")
+    expected = reference.params(begins, dtype)
+    optimizer = reference.make(expected, backend="torch", **OPTIONS)
+    # what is rounded to the other neighbour once stays as far away when it comes closer to 0
+    largest = [begin.abs() for begin in begins]
+    for of_step in grads:
+        reference.steps(optimizer, expected, [of_step])
+        largest = [torch.maximum(size, q.detach().abs()) for size, q in zip(largest, expected, strict=True)]
     ends = [(p.detach().cpu(), q.detach()) for p, q in zip(actual, expected, strict=True)]
     if dtype is torch.float32:
         return {
@@ -96,17 +106,18 @@ def _against_reference(subject: Subject, dtype: torch.dtype) -> dict[str, float]
         }
     # too few elements of each for a share
     p, q = (torch.cat([each.flatten() for each in side]).double() for side in zip(*ends, strict=True))
+    sizes = torch.cat([each.flatten() for each in largest]).double()
     share = (p != q).double().mean().item()
-    spacings = ((p - q).abs() / (2 * 2**-7 * q.abs()).clamp(min=1e-30)).max().item()
-    return {"share of all elements": share / BF16_SHARE, "spacings": spacings}
+    spacings = ((p - q).abs() / (2 * 2**-7 * sizes).clamp(min=1e-30)).max().item()
+    return {"share of all elements": share / BF16_SHARE, "two spacings": spacings}
 
 
 def _against_oracle(subject: Subject) -> dict[str, float]:
     """By shape, how far the torch path in float32 is from the oracle of the optimizer's name."""
     rule = next(rule for rule in RULES if rule.name == subject.cls.__name__)
     begins, grads = _tensors(torch.float32)
-    params, optimizer = subject.run(begins, grads, backend="torch", weight_decay=0.1)
-    options = rule.options(options_of(subject, optimizer, {"weight_decay": 0.1}))
+    params, optimizer = subject.run(begins, grads, backend="torch", **OPTIONS)
+    options = rule.options(options_of(subject, optimizer, OPTIONS))
     exact = rule.oracle(
         [begin.double().numpy() for begin in begins],
         [[grad.double().numpy() for grad in of_step] for of_step in grads],

@@ -108,7 +108,7 @@ class Subject:
         """Takes a step for each list of gradients."""
         for of_step in grads:
             for param, grad in zip(params, of_step, strict=True):
-                param.grad = grad.to(param)
+                param.grad = grad.to(param, copy=True)
             optimizer.step()
 
 
