@@ -69,6 +69,31 @@ class DecayForgotten(TinyAdam):
         pass
 
 
+class MaskedDecay(TinyAdam):
+    """Only of what is positive."""
+
+    def decay(self, p, old, group):
+        p.sub_(group["lr"] * group["weight_decay"] * old.clamp(min=0))
+
+
+class RateOfStep(TinyAdam):
+    """Halved from step to step."""
+
+    def decay(self, p, old, group):
+        p.sub_(group["lr"] * group["weight_decay"] * old / 2 ** self.state[p]["step"])
+
+
+class CoupledMomentum(TinyAdam):
+    """Linear in the gradient, so that one step does not tell coupled decay from decoupled."""
+
+    def direction(self, p, g, state, group):
+        state["m"] = 0.9 * state.get("m", torch.zeros_like(p)) + g + group["weight_decay"] * p
+        return state["m"]
+
+    def decay(self, p, old, group):
+        pass
+
+
 class EpsInside(TinyAdam):
     def root(self, v, eps):
         return (v + eps).sqrt()
@@ -87,6 +112,16 @@ class LowRank(TinyAdam):
             return g
         u, s, v = torch.linalg.svd(g.float(), full_matrices=False)
         return (u[:, :2] * s[:2]) @ v[:2]
+
+
+class RankOfGroup(TinyAdam):
+    """Of the rank that its group has, which its constructor does not know."""
+
+    def direction(self, p, g, state, group):
+        if "rank" not in group or g.ndim != 2:
+            return g
+        u, s, v = torch.linalg.svd(g.float(), full_matrices=False)
+        return (u[:, : group["rank"]] * s[: group["rank"]]) @ v[: group["rank"]]
 
 
 class Nondeterministic(TinyAdam):

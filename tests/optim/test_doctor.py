@@ -169,6 +169,7 @@ def test_against_another_rule():
         ),
         (("-o", "torch.optim:AdamW", "--against", "adafactr"), "no rule is named 'adafactr'; did you mean Adafactor"),
         (("--against", "AdamW"), "it says something of --optimizer, which is missing"),
+        (("-o", "torch.optim:AdamW", "--group", "rank"), "'rank' is not of the form key=value"),
         (("--opt", "eps=1"), "it says something of --optimizer, which is missing"),
         (("--device", "cuda:9"), "'cuda:9' is not available; this machine has cpu"),
         (("--json", "."), ". is a folder; a file is needed"),

@@ -101,6 +101,9 @@ def test_against_a_rule(cls, against, finding, is_wrong):
         (broken.TinyAdam, "weight decay", "decoupled, times lr, of the old value", False),
         (broken.DecayAfter, "weight decay", "decoupled, times lr, of the new value", False),
         (broken.DecayWithoutLr, "weight decay", "decoupled, times nothing, of the old value", False),
+        (broken.MaskedDecay, "weight decay", "not proportional", False),
+        (broken.RateOfStep, "weight decay", r"decoupled, times \S+ and \S+ in two steps, of the old value", False),
+        (broken.CoupledMomentum, "weight decay", "coupled", False),
         (broken.DecayForgotten, "weight decay", "without effect", True),
         (transformers.Adafactor, "weight decay", "decoupled, times lr RMS(p), of the old value", False),
         (torch.optim.Adafactor, "weight decay", "decoupled, times lr, of the old value", False),
@@ -148,6 +151,13 @@ def test_each_probe(cls, probe, finding, is_wrong):
     found = verdict(cls, probe)
     assert re.fullmatch(finding.replace("(p)", r"\(p\)"), found.finding)
     assert found.wrong is is_wrong
+
+
+def test_options_of_a_group():
+    """As galore_torch has them: a rank that only the group tells."""
+    ranks = [{}, {"rank": 3}]
+    subjects = [Subject("RankOfGroup", broken.RankOfGroup, group=group) for group in ranks]
+    assert [PROBES["rank of update"](each, recognize(each)).finding for each in subjects] == ["full", "3"]
 
 
 def test_what_cannot_take_a_step_is_refused():

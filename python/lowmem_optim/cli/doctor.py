@@ -36,6 +36,15 @@ def doctor_command(
         list[str] | None,
         option(EXAMINED, "Argument of its constructor, as in betas=(0.9, 0.95). Repeatable.", metavar="KEY=VALUE"),
     ] = None,
+    group: Annotated[
+        list[str] | None,
+        option(
+            EXAMINED,
+            "Option of its parameter group, for classes that have some there only, as rank=4 of galore_torch. "
+            "Repeatable.",
+            metavar="KEY=VALUE",
+        ),
+    ] = None,
     against: Annotated[
         str | None,
         option(
@@ -63,7 +72,7 @@ def doctor_command(
     from lowmem_optim.conformance import find_rule, load_subject
 
     if optimizer is None:
-        for flag, given in (("--opt", opt), ("--against", against)):
+        for flag, given in (("--opt", opt), ("--group", group), ("--against", against)):
             if given:
                 raise typer.BadParameter("it says something of --optimizer, which is missing", param_hint=f"'{flag}'")
     with blaming("--device"):
@@ -73,14 +82,15 @@ def doctor_command(
     subject = None
     if optimizer is not None:
         with blaming("--optimizer"):
-            subject = load_subject(optimizer, {}, device)
+            subject = load_subject(optimizer, device)
         with blaming("--opt"):
             choice = registry.Choice(subject.name, subject.cls)
             options = registry.parse_options(opt or [], [choice], elsewhere={})
             for key in SET_BY_PROBES:
                 if key in options:
                     raise ValueError(f"{key} is {options[key]!r}, and the probes choose it; allowed: other arguments")
-            subject = replace(subject, options=options)
+        with blaming("--group"):
+            subject = replace(subject, options=options, group=registry.parse_pairs(group or []))
     to_stdout = str(json) == "-"
     with blaming("--json"):
         if json is not None and not to_stdout:
@@ -119,7 +129,7 @@ def _check_all(console: Console, device: str) -> tuple[bool, dict[str, object]]:
         from lowmem_kernels.testing.prepare import prepare_interpreter
 
         prepare_interpreter()
-    subjects = [Subject(each.name, each.cls, {}, device) for each in registry.choices().values() if each.can_fuse]
+    subjects = [Subject(each.name, each.cls, device=device) for each in registry.choices().values() if each.can_fuse]
     dtypes, said = how(device)
     total = len(subjects) * (2 if dtypes == "triton" else 1)
     checks: list[Check] = list(_with_bar(console, self_check(subjects), total, "checking"))
@@ -137,7 +147,8 @@ def _examine(console: Console, subject: "Subject", rule: "Rule | None") -> tuple
 
     verdicts: list[Verdict] = list(_with_bar(console, examine(subject, rule), len(PROBES), subject.name))
     arguments = ", ".join(f"{key}={value!r}" for key, value in subject.arguments.items())
-    doctor_report.show_verdicts(console, f"{subject.name}({arguments}) on {subject.device}", verdicts)
+    of_group = f" with {dict(subject.group)} in its group" if subject.group else ""
+    doctor_report.show_verdicts(console, f"{subject.name}({arguments}){of_group} on {subject.device}", verdicts)
     wrong = [verdict.probe for verdict in verdicts if verdict.wrong]
     told = f"Wrong: {', '.join(wrong)}." if wrong else "Nothing is wrong; the rest is what it chose to do."
     console.print(told, style="bold", highlight=False)
@@ -145,6 +156,7 @@ def _examine(console: Console, subject: "Subject", rule: "Rule | None") -> tuple
         "name": subject.name,
         "version": subject.version,
         "arguments": subject.arguments,
+        "group": subject.group,
         "device": subject.device,
     }
     return bool(wrong), {"optimizer": options, "verdicts": [vars(verdict) for verdict in verdicts]}

@@ -153,14 +153,21 @@ def parse_options(
     Raises ValueError for a text without `=`, for a key that none of the optimizers takes, and for one that is set
     ``elsewhere``, by its command-line option.
     """
+    options = parse_pairs(pairs)
+    for key in options:
+        if key in elsewhere:
+            raise ValueError(f"{key!r} has an option of its own, {elsewhere[key]}")
+        require_taker(key, optimizers)
+    return options
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """As `parse_options`, of any keys."""
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} is not of the form key=value, as in betas=(0.9, 0.95)")
-        if key in elsewhere:
-            raise ValueError(f"{key!r} has an option of its own, {elsewhere[key]}")
-        require_taker(key, optimizers)
         options[key] = _literal(value)
     return options
 

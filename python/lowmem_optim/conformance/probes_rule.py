@@ -66,44 +66,54 @@ def rank(subject: Subject, found: Recognition) -> Verdict:
 
 def decay(subject: Subject, found: Recognition) -> Verdict:
     """Where weight decay enters, found from two steps with and without it from the same values."""
+    probe = "weight decay"
     if not subject.takes("weight_decay"):
-        return Verdict("weight decay", "none", "It takes no weight_decay.")
-    shape, weight, lr = (9, 14), 0.1, 0.1
+        return Verdict(probe, "none", "It takes no weight_decay.")
+    weight, lr = 0.1, 0.1
     # of RMS 2, so that a rate in units of the parameter is not lr
-    start = 2 * starts(shape)[0]
-    ends = {w: _two_steps(subject, start, lr, w) for w in (0.0, weight)}
-    factors, fits = [], {}
-    for without, decayed in zip(ends[0.0], ends[weight], strict=True):
-        difference = decayed - without
-        fits = {name: _fit(difference, base) for name, base in (("old", start.double()), ("new", without))}
-        factors.append({name: -factor / weight for name, (factor, _) in fits.items()})
-        if min(residual for _, residual in fits.values()) > 1e-3:
-            says = "added to the gradient, so that the rule rescales it with the gradient (L2, not decoupled)"
-            return Verdict("weight decay", "coupled", f"Weight decay is {says}.")
-    base = min(fits, key=lambda name: fits[name][1])
-    first, second = (each[base] for each in factors)
+    start = 2 * starts((9, 14))[0]
+    without, decayed, stopped = (
+        _two_steps(subject, start, lr, weights) for weights in ((0.0, 0.0), (weight, weight), (weight, 0.0))
+    )
+    left_in_state = torch.linalg.vector_norm(stopped[1] - without[1]) / torch.linalg.vector_norm(without[1] - start)
+    if left_in_state > 1e-4:
+        says = "added to the gradient, and so to the state, and is rescaled with the gradient (L2, not decoupled)"
+        return Verdict(
+            probe, "coupled", f"Weight decay is {says}.", figures={"left in the state": left_in_state.item()}
+        )
+    fits = [
+        {name: _fit(q - p, base) for name, base in (("old", start.double()), ("new", p))}
+        for p, q in zip(without, decayed, strict=True)
+    ]
+    base = min(fits[0], key=lambda name: fits[0][name][1])
+    first, second = (-fit[base][0] / weight for fit in fits)
     figures = {"factor at step 1": first, "factor at step 2": second}
-    if abs(first) < 1e-3 * lr:
-        return Verdict("weight decay", "without effect", "Weight decay does nothing.", True, figures)
-    if abs(second / first - 1) > 0.05:
-        says = f"is {second / first:.2f} times as much in the second step: it is added to what a momentum is made of"
-        return Verdict("weight decay", "coupled", f"Weight decay {says} (L2, not decoupled).", figures=figures)
+    if all(torch.equal(p, q) for p, q in zip(without, decayed, strict=True)):
+        return Verdict(probe, "without effect", "Weight decay does nothing.", True, figures)
+    if fits[0][base][1] > 1e-3:
+        says = "not proportional to the parameter: added to a gradient that is then normalized, or masked"
+        return Verdict(probe, "not proportional", f"Weight decay is {says}.", figures=figures)
     size = start.square().mean().sqrt().item()
     scales = {"lr": lr, "nothing": 1.0, "lr RMS(p)": lr * size}
     scale = next((name for name, value in scales.items() if abs(first / value - 1) < 2e-2), f"{first:.3g}")
-    order = "old" if abs(fits["old"][1] - fits["new"][1]) < 1e-6 else base
+    if abs(second / first - 1) > 2e-2:
+        scale = f"{first:.3g} and {second:.3g} in two steps"
+    # an update that is too small to tell
+    order = "old" if abs(fits[0]["old"][1] - fits[0]["new"][1]) < 1e-6 else base
     where = {"old": "taken of the value before the update", "new": "taken of the value after the update"}[order]
     times = "not multiplied by lr" if scale == "nothing" else f"multiplied by {scale}"
     sentence = f"Weight decay is decoupled, {times}, and {where}."
-    return Verdict("weight decay", f"decoupled, times {scale}, of the {order} value", sentence, figures=figures)
+    return Verdict(probe, f"decoupled, times {scale}, of the {order} value", sentence, figures=figures)
 
 
-def _two_steps(subject: Subject, start: Tensor, lr: float, weight_decay: float) -> list[Tensor]:
-    """The values after each of two steps, both from the same start."""
+def _two_steps(subject: Subject, start: Tensor, lr: float, weights: tuple[float, float]) -> list[Tensor]:
+    """The values after each of two steps with these weight decays, both from the same start."""
     params = subject.params([start])
-    optimizer = subject.make(params, lr=lr, weight_decay=weight_decay)
+    optimizer = subject.make(params, lr=lr, weight_decay=weights[0])
     ends = []
-    for of_step in gradients(tuple(start.shape), steps=2):
+    for weight, of_step in zip(weights, gradients(tuple(start.shape), steps=2), strict=True):
+        for group in optimizer.param_groups:
+            group["weight_decay"] = weight
         with torch.no_grad():
             params[0].copy_(start)
         subject.steps(optimizer, params, [of_step])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from ..naming import arguments_of, load_named
-from .inputs import MATRICES, VECTOR, starts
+from .inputs import MATRICES, VECTOR, gradients, starts
 from .verdict import line_of
 
 LR = 1e-2
@@ -24,6 +24,7 @@ LR = 1e-2
 #: sizes of the tensors, low-rank momenta, and a whitening that, unlike beta = 0.8, does not enlarge rounding errors.
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "Adafactor": {"relative_step": False},
+    "AdaFactor": {"relative_step": False},
     "APOLLO": {"rank": 4},
     "AdaPM": {"rank": 4, "policy": "lowrank"},
     "SWAN": {"beta": 0.5},
@@ -39,12 +40,14 @@ class Subject:
     name: as reports call it.
     cls: the class.
     options: constructor arguments.
+    group: options of the group of its parameters, for classes that look for some there and nowhere else.
     device: where its parameters are.
     """
 
     name: str
     cls: type
     options: Mapping[str, Any] = field(default_factory=dict)
+    group: Mapping[str, Any] = field(default_factory=dict)
     device: str = "cpu"
 
     def takes(self, option: str) -> bool:
@@ -59,10 +62,10 @@ class Subject:
 
     @cached_property
     def takes_vectors(self) -> bool:
-        """Whether it can be made of matrices and vectors."""
+        """Whether it takes a step over a vector."""
         try:
-            self.make(self.params(starts(VECTOR)))
-        except ValueError:
+            self.run(starts(VECTOR), gradients(VECTOR, steps=1))
+        except Exception:  # anything that somebody else's code raises
             return False
         return True
 
@@ -81,8 +84,9 @@ class Subject:
         """The optimizer over these parameters; raises ValueError with its arguments where it refuses them."""
         arguments = {**self.arguments, **overrides}
         adapter = ADAPTERS.get(f"{self.cls.__module__.partition('.')[0]}.{self.cls.__name__}")
+        groups = [{"params": list(params), **self.group}] if self.group else list(params)
         try:
-            return adapter(self.cls, params, arguments) if adapter else self.cls(list(params), **arguments)
+            return adapter(self.cls, params, arguments) if adapter else self.cls(groups, **arguments)
         except Exception as error:  # anything that somebody else's code raises
             given = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
             raise ValueError(f"{self.name}({given}): {line_of(error)}") from error
@@ -165,9 +169,9 @@ ADAPTERS: Mapping[str, Callable[[type, Sequence[nn.Parameter], Mapping[str, Any]
 }
 
 
-def load_subject(name: str, options: Mapping[str, Any], device: str = "cpu") -> Subject:
+def load_subject(name: str, device: str = "cpu") -> Subject:
     """The subject that module:Class names; raises ValueError for what cannot be imported or is no optimizer class."""
     cls = load_named("optimizer", name, ALLOWED)
     if not (isinstance(cls, type) and issubclass(cls, Optimizer)):
         raise ValueError(f"optimizer is {name!r}, which is a {type(cls).__name__}; allowed: {ALLOWED}")
-    return Subject(name.replace(":", "."), cls, options, device)
+    return Subject(name.replace(":", "."), cls, device=device)
