@@ -46,6 +46,28 @@ class TinyAdam(Optimizer):
         p.sub_(group["lr"] * group["weight_decay"] * old)
 
 
+class HiddenBetas(TinyAdam):
+    """Its group does not show its betas."""
+
+    def __init__(self, params, lr=1e-3, betas=(0.5, 0.9), eps=1e-8, weight_decay=0.0):
+        super().__init__(params, lr, betas, eps, weight_decay)
+        for group in self.param_groups:
+            self.betas = group.pop("betas")
+
+    def direction(self, p, g, state, group):
+        return super().direction(p, g, state, {**group, "betas": self.betas})
+
+
+class FirstStepLooks(TinyAdam):
+    """Nothing moves in the first step."""
+
+    def one(self, p, g, state, group):
+        if state:
+            super().one(p, g, state, group)
+        else:
+            self.direction(p, g, state, group)
+
+
 class CoupledDecay(TinyAdam):
     def gradient(self, p, g, group):
         return g + group["weight_decay"] * p

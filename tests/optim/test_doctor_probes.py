@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 from came_pytorch import CAME
-from lomo_optim import AdaLomo
+from lomo_optim import AdaLomo, Lomo
 
 import lowmem_optim
 from lowmem_optim.conformance import PROBES, examine, find_rule
@@ -61,7 +61,10 @@ def test_own_optimizers_are_their_rules_and_have_no_defect(name):
         (transformers.Adafactor, {"scale_parameter": False, "beta1": 0.9}, "Adafactor"),
         (CAME, {}, "CAME"),
         (AdaLomo, {}, "AdaLomo"),
+        (Lomo, {}, "Lomo"),
         (broken.TinyAdam, {}, "AdamW"),
+        (broken.HiddenBetas, {}, "AdamW"),
+        (broken.HiddenBetas, {"betas": (0.7, 0.8)}, "AdamW"),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
 )
@@ -106,6 +109,7 @@ def test_against_a_rule(cls, against, finding, is_wrong):
         (broken.CoupledMomentum, "weight decay", "coupled", False),
         (broken.DecayForgotten, "weight decay", "without effect", True),
         (transformers.Adafactor, "weight decay", "decoupled, times lr RMS(p), of the old value", False),
+        (AdaLomo, "weight decay", "decoupled, times lr RMS(p), of the old value", False),
         (torch.optim.Adafactor, "weight decay", "decoupled, times lr, of the old value", False),
         (broken.DecayAfter, "rule", "AdamW, not with weight decay", False),
         (broken.TinyAdam, "place of eps", "outside", False),
@@ -116,6 +120,8 @@ def test_against_a_rule(cls, against, finding, is_wrong):
         (transformers.Adafactor, "place of eps", "square", False),
         (torch.optim.SGD, "place of eps", "none", False),
         (broken.LowRank, "rank of update", "2", False),
+        (broken.FirstStepLooks, "rank of update", "full", False),
+        (broken.FirstStepLooks, "weight decay", "decoupled, times lr, of the old value", False),
         (broken.Nondeterministic, "two runs", "differ", True),
         (broken.GlobalNoise, "two runs", "same bits if seeded", False),
         (broken.StateLost, "resuming", "differs in float32 and bfloat16", True),

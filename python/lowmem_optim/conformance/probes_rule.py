@@ -52,7 +52,11 @@ def rule(subject: Subject, found: Recognition) -> Verdict:
 def rank(subject: Subject, found: Recognition) -> Verdict:
     """The rank of the first update of a matrix, whose gradient has full rank."""
     shape = (16, 24)
-    params, _ = subject.run([torch.zeros(shape)], gradients(shape, steps=1))
+    # some only look in their first step
+    for steps in (1, 2, 3):
+        params, _ = subject.run([torch.zeros(shape)], gradients(shape, steps=steps))
+        if params[0].any():
+            break
     singular = torch.linalg.svdvals(params[0].detach().cpu().double())
     # float32's rounding leaves about 1e-7 of the largest
     count = int((singular > 1e-5 * singular[0]).sum())
@@ -65,7 +69,10 @@ def rank(subject: Subject, found: Recognition) -> Verdict:
 
 
 def decay(subject: Subject, found: Recognition) -> Verdict:
-    """Where weight decay enters, found from two steps with and without it from the same values."""
+    """Where weight decay enters, found from steps with and without it, all from the same values.
+
+    The last two of three steps, as some only look in their first.
+    """
     probe = "weight decay"
     if not subject.takes("weight_decay"):
         return Verdict(probe, "none", "It takes no weight_decay.")
@@ -73,7 +80,7 @@ def decay(subject: Subject, found: Recognition) -> Verdict:
     # of RMS 2, so that a rate in units of the parameter is not lr
     start = 2 * starts((9, 14))[0]
     without, decayed, stopped = (
-        _two_steps(subject, start, lr, weights) for weights in ((0.0, 0.0), (weight, weight), (weight, 0.0))
+        _last_two(subject, start, lr, weights) for weights in ((0.0,) * 3, (weight,) * 3, (weight, weight, 0.0))
     )
     left_in_state = torch.linalg.vector_norm(stopped[1] - without[1]) / torch.linalg.vector_norm(without[1] - start)
     if left_in_state > 1e-4:
@@ -87,7 +94,7 @@ def decay(subject: Subject, found: Recognition) -> Verdict:
     ]
     base = min(fits[0], key=lambda name: fits[0][name][1])
     first, second = (-fit[base][0] / weight for fit in fits)
-    figures = {"factor at step 1": first, "factor at step 2": second}
+    figures = {"factor at step 2": first, "factor at step 3": second}
     if all(torch.equal(p, q) for p, q in zip(without, decayed, strict=True)):
         return Verdict(probe, "without effect", "Weight decay does nothing.", True, figures)
     if fits[0][base][1] > 1e-3:
@@ -96,7 +103,7 @@ def decay(subject: Subject, found: Recognition) -> Verdict:
     size = start.square().mean().sqrt().item()
     scales = {"lr": lr, "nothing": 1.0, "lr RMS(p)": lr * size}
     scale = next((name for name, value in scales.items() if abs(first / value - 1) < 2e-2), f"{first:.3g}")
-    if abs(second / first - 1) > 2e-2:
+    if abs(second - first) > 2e-2 * abs(first):
         scale = f"{first:.3g} and {second:.3g} in two steps"
     # an update that is too small to tell
     order = "old" if abs(fits[0]["old"][1] - fits[0]["new"][1]) < 1e-6 else base
@@ -106,19 +113,19 @@ def decay(subject: Subject, found: Recognition) -> Verdict:
     return Verdict(probe, f"decoupled, times {scale}, of the {order} value", sentence, figures=figures)
 
 
-def _two_steps(subject: Subject, start: Tensor, lr: float, weights: tuple[float, float]) -> list[Tensor]:
-    """The values after each of two steps with these weight decays, both from the same start."""
+def _last_two(subject: Subject, start: Tensor, lr: float, weights: tuple[float, ...]) -> list[Tensor]:
+    """The values after the last two of three steps with these weight decays, each from the same start."""
     params = subject.params([start])
     optimizer = subject.make(params, lr=lr, weight_decay=weights[0])
     ends = []
-    for weight, of_step in zip(weights, gradients(tuple(start.shape), steps=2), strict=True):
+    for weight, of_step in zip(weights, gradients(tuple(start.shape), steps=3), strict=True):
         for group in optimizer.param_groups:
             group["weight_decay"] = weight
         with torch.no_grad():
             params[0].copy_(start)
         subject.steps(optimizer, params, [of_step])
         ends.append(params[0].detach().cpu().double())
-    return ends
+    return ends[1:]
 
 
 def _fit(difference: Tensor, base: Tensor) -> tuple[float, float]:

@@ -14,7 +14,7 @@ from lowmem_kernels.numerics import name_of
 from .inputs import gradients, same_bits, starts
 from .recognize import Recognition
 from .subject import Subject
-from .verdict import Verdict, line_of
+from .verdict import Verdict
 
 #: Of this size are matrices whose state is counted: factors then show as a few hundredths of a byte.
 SIDE = 256
@@ -88,8 +88,11 @@ def determinism(subject: Subject, found: Recognition) -> Verdict:
 
 
 def _seeded(subject: Subject, dtype: torch.dtype, seed: int) -> list[torch.nn.Parameter]:
+    params = subject.params(starts(*subject.shapes), dtype)
+    optimizer = subject.make(params)
     torch.manual_seed(seed)
-    return subject.run(starts(*subject.shapes), gradients(*subject.shapes, steps=4), dtype)[0]
+    subject.steps(optimizer, params, gradients(*subject.shapes, steps=4))
+    return params
 
 
 def resuming(subject: Subject, found: Recognition) -> Verdict:
@@ -104,8 +107,8 @@ def resuming(subject: Subject, found: Recognition) -> Verdict:
         file.seek(0)
         try:
             saved = torch.load(file, weights_only=True)
-        except pickle.UnpicklingError as error:
-            says = f"torch.load(weights_only=True) refuses its checkpoint: {line_of(error)}"
+        except pickle.UnpicklingError:
+            says = "torch.load(weights_only=True) refuses its checkpoint, which holds more than tensors and numbers"
             return Verdict("resuming", "checkpoint refused", f"{says}.", True)
         again = [torch.nn.Parameter(p.detach().clone()) for p in params]
         resumed = subject.make(again, lr=0.5)

@@ -35,18 +35,18 @@ def nonfinite(subject: Subject, found: Recognition, bad: float) -> Verdict:
         except Exception as error:  # anything that somebody else's code raises
             return Verdict(probe, "raises", f"A step with it raises {line_of(error)}.")
         runs.append(history)
-    before, after, _, end = runs[0]
+    before, after, later, end = runs[0]
     hit = _reach([~p.isfinite() for p in after])
     left = _reach([~p.isfinite() for p in end])
     if left != "nothing":
-        later = "stays so" if left == hit else f"spreads to {_the(left)} by way of the state"
+        then = "stays so" if left == hit else f"spreads to {_the(left)} by way of the state"
         first = "Nothing is lost at once, but it" if hit == "nothing" else f"{_the(hit).capitalize()} is lost, and"
-        return Verdict(probe, f"{left} lost for good", f"{first} {later}.")
+        return Verdict(probe, f"{left} lost for good", f"{first} {then}.")
     if hit != "nothing":
         return Verdict(probe, f"{hit} lost", f"{_the(hit).capitalize()} is lost.")
     moved = [c != p for c, p in zip(runs[1][1], runs[1][0], strict=True)]
     still = _reach([(a == b) & m for a, b, m in zip(after, before, moved, strict=True)])
-    stuck = _reach([(a == b) & m for a, b, m in zip(end, after, moved, strict=True)])
+    stuck = _reach([(a == b) & (b == c) & m for a, b, c, m in zip(after, later, end, moved, strict=True)])
     if stuck != "nothing":
         return Verdict(
             probe, f"{stuck} stuck", f"{_the(stuck).capitalize()} does not move any more, and nothing is NaN."

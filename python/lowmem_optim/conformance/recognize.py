@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -51,9 +52,11 @@ def _eps(subject: Subject, value: float) -> Any:
 
 
 def options_of(subject: Subject, optimizer: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """What the optimizer goes by: its first group's options, and what its constructor got."""
+    """What the optimizer goes by: what its constructor got or has as defaults, and its first group's options."""
+    parameters = inspect.signature(subject.cls).parameters.values()
+    defaults = {each.name: each.default for each in parameters if each.default is not each.empty}
     group = {key: value for key, value in optimizer.param_groups[0].items() if key != "params"}
-    return {**group, **subject.arguments, **overrides}
+    return {**defaults, **group, **subject.arguments, **overrides}
 
 
 def multiple(ends: Sequence[Tensor], exact: Sequence[np.ndarray], begins: Sequence[Tensor], steps: int) -> float:

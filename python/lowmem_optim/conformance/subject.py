@@ -81,7 +81,11 @@ class Subject:
         return {"lr": LR, **({"weight_decay": 0.0} if self.takes("weight_decay") else {}), **preset, **self.options}
 
     def make(self, params: Sequence[nn.Parameter], **overrides: Any) -> Any:
-        """The optimizer over these parameters; raises ValueError with its arguments where it refuses them."""
+        """The optimizer over these parameters; raises ValueError with its arguments where it refuses them.
+
+        Torch's random numbers start anew, so that optimizers that draw from them can be compared.
+        """
+        torch.manual_seed(0)
         arguments = {**self.arguments, **overrides}
         adapter = ADAPTERS.get(f"{self.cls.__module__.partition('.')[0]}.{self.cls.__name__}")
         groups = [{"params": list(params), **self.group}] if self.group else list(params)
@@ -134,8 +138,9 @@ class LomoOptim:
         on_cpu = all(param.device.type == "cpu" for param in params)
         # it puts its state on a GPU, whatever the parameters are on
         patched = mock.patch.object(Tensor, "cuda", lambda tensor: tensor) if on_cpu else nullcontext()
+        own = {"loss_scale": None, **arguments} if "loss_scale" in arguments_of(cls) else arguments
         with patched:
-            self.optimizer = cls(nn.ParameterList(params), **{"loss_scale": None, **arguments})
+            self.optimizer = cls(nn.ParameterList(params), **own)
         self.param_groups = self.optimizer.param_groups
         self.names = dict(self.optimizer.model.named_parameters())
 
@@ -148,7 +153,10 @@ class LomoOptim:
 
     def step(self) -> None:
         """What its `fused_backward` does after the backward pass."""
-        self.optimizer.lr = self.param_groups[0]["lr"]
+        group = self.param_groups[0]
+        self.optimizer.lr = group["lr"]
+        decay = group.setdefault("weight_decay", self.optimizer.weight_decay)
+        self.optimizer.weight_decay, self.optimizer.do_weight_decay = decay, decay > 0
         if hasattr(self.optimizer, "step_num"):
             self.optimizer.step_num += 1
         self.optimizer.grad_func(None)
