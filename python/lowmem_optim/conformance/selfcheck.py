@@ -15,7 +15,7 @@ from lowmem_kernels.numerics import name_of
 from lowmem_kernels.testing import SHAPES, make_tensors
 
 from .recognize import multiple, options_of
-from .rules import RULES
+from .rules import find_rule
 from .subject import Subject
 from .verdict import line_of
 
@@ -114,7 +114,7 @@ def _against_reference(subject: Subject, dtype: torch.dtype) -> dict[str, float]
 
 def _against_oracle(subject: Subject) -> dict[str, float]:
     """By shape, how far the torch path in float32 is from the oracle of the optimizer's name."""
-    rule = next(rule for rule in RULES if rule.name == subject.cls.__name__)
+    rule = find_rule(subject.cls.__name__)
     begins, grads = _tensors(torch.float32)
     params, optimizer = subject.run(begins, grads, backend="torch", **OPTIONS)
     options = rule.options(options_of(subject, optimizer, OPTIONS))
