@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from typer.testing import CliRunner
 
 import lowmem_optim
 from lowmem_kernels import dispatch
+from lowmem_kernels.device import device_facts
 from lowmem_optim import lomo
 from lowmem_optim.cli import app, doctor_facts
 from lowmem_optim.conformance import PROBES, RULES, Subject, find_rule, self_check
@@ -115,6 +117,26 @@ def test_a_backend_that_cannot_be_is_a_failure(monkeypatch):
     result, text = doctor()
     assert result.exit_code == 1
     assert "backend='auto' is none: the environment variable LOWMEM_BACKEND is 'triton'" in text
+
+
+def test_what_is_said_of_a_gpu(monkeypatch):
+    """Of one that is not there."""
+    found = {"name": "H999", "multi_processor_count": 132, "L2_cache_size": 50 * 2**20, "warp_size": 32}
+    properties = SimpleNamespace(**found, major=9, minor=0, total_memory=80 * 2**30)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device_facts.cache_clear()
+    _, gpu = doctor_facts.facts("cpu")["devices"]
+    device_facts.cache_clear()
+    assert gpu == {
+        "device": "cuda:0",
+        "name": "H999",
+        "architecture": "sm_90",
+        "SMs": 132,
+        "L2, MiB": 50.0,
+        "memory, GiB": 80.0,
+        "warp": 32,
+    }
 
 
 def test_without_triton(monkeypatch):

@@ -125,13 +125,13 @@ def _check_all(console: Console, device: str) -> tuple[bool, dict[str, object]]:
     from lowmem_optim.conformance import Subject, self_check
     from lowmem_optim.conformance.selfcheck import how
 
-    if interpreting():
+    backend, said = how(device)
+    if backend == "triton" and interpreting():
         from lowmem_kernels.testing.prepare import prepare_interpreter
 
         prepare_interpreter()
     subjects = [Subject(each.name, each.cls, device=device) for each in registry.choices().values() if each.can_fuse]
-    dtypes, said = how(device)
-    total = len(subjects) * (2 if dtypes == "triton" else 1)
+    total = len(subjects) * (2 if backend == "triton" else 1)
     checks: list[Check] = list(_with_bar(console, self_check(subjects), total, "checking"))
     doctor_report.show_checks(console, said, checks)
     failed = [check.optimizer for check in checks if not check.ok]

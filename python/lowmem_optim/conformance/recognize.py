@@ -33,8 +33,8 @@ def conditions(subject: Subject) -> dict[str, dict[str, Any]]:
     """By name, what is set in each of the runs that a rule has to agree in."""
     common = plain(subject)
     found: dict[str, dict[str, Any]] = {"plain": common, "large lr": {**common, "lr": LARGE_LR}}
-    if subject.takes("eps"):
-        found["large eps"] = {"eps": _eps(subject, LARGE_EPS)}
+    if common:
+        found["large eps"] = _eps(subject, LARGE_EPS)
     if subject.takes("weight_decay"):
         found["weight decay"] = {**common, "weight_decay": 0.1}
     return found
@@ -42,13 +42,15 @@ def conditions(subject: Subject) -> dict[str, dict[str, Any]]:
 
 def plain(subject: Subject) -> dict[str, Any]:
     """What is set so that only the rule itself shows: an eps that is nothing."""
-    return {"eps": _eps(subject, SMALL_EPS)} if subject.takes("eps") else {}
+    return _eps(subject, SMALL_EPS)
 
 
-def _eps(subject: Subject, value: float) -> Any:
-    """The value for the eps that the gradient is divided with, the first if there are several."""
-    eps = subject.make(subject.params(starts(MATRICES[0]))).param_groups[0]["eps"]
-    return (value, *eps[1:]) if isinstance(eps, (tuple, list)) else value
+def _eps(subject: Subject, value: float) -> dict[str, Any]:
+    """The value as the eps that the gradient is divided with, of several the first; {} where there is none."""
+    eps = subject.make(subject.params(starts(MATRICES[0]))).param_groups[0].get("eps")
+    if eps is None or not subject.takes("eps"):
+        return {}
+    return {"eps": (value, *eps[1:]) if isinstance(eps, (tuple, list)) else value}
 
 
 def options_of(subject: Subject, optimizer: Any, overrides: Mapping[str, Any]) -> dict[str, Any]:
