@@ -1,4 +1,4 @@
-"""What the commands share: options in panels of the help, errors that name an option, folders for results."""
+"""What the commands share: options in panels of the help, errors that name an option, files for results, a bar."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
@@ -40,3 +42,17 @@ def make_folder(path: Path) -> Path:
     except OSError as error:
         raise ValueError(f"cannot make the folder {path}: {error.strerror}") from error
     return path
+
+
+def make_place(path: Path) -> Path:
+    """Makes the folder that a file is to lie in; raises ValueError where that is impossible or the file is a folder."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a file is needed")
+    return path
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is being done, how much of how much, and since when; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

@@ -5,9 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowmem_optim.cli.arguments import blaming, make_folder, model_option, option
+from lowmem_optim.cli.arguments import blaming, make_folder, make_place, model_option, option, progress_bar
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.bench_rows import Row, Workload
@@ -93,9 +92,7 @@ def bench_command(
         table = out and make_folder(out) / f"{model}-{dtype}.csv"
     with blaming("--plot"):
         if plot is not None:
-            make_folder(plot.parent)
-            if plot.is_dir():
-                raise ValueError(f"{plot} is a folder; a file is needed")
+            make_place(plot)
 
     torch.set_num_threads(threads)
     console = Console()
@@ -128,8 +125,7 @@ def _run(work: "Workload", contenders: "list[Contender]", console: Console) -> "
 
     from lowmem_optim.cli import bench_rows
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=bench_rows.total_steps(contenders, work.rounds))
         try:
             return bench_rows.run(

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowmem_optim.cli.arguments import blaming, make_folder, option
+from lowmem_optim.cli.arguments import blaming, make_place, option, progress_bar
 
 if TYPE_CHECKING:
     from lowmem_optim.conformance import Check, Rule, Subject, Verdict
@@ -94,9 +93,7 @@ def doctor_command(
     to_stdout = str(json) == "-"
     with blaming("--json"):
         if json is not None and not to_stdout:
-            make_folder(json.parent)
-            if json.is_dir():
-                raise ValueError(f"{json} is a folder; a file is needed")
+            make_place(json)
 
     console = Console(quiet=to_stdout)
     found = facts(device)
@@ -164,6 +161,5 @@ def _examine(console: Console, subject: "Subject", rule: "Rule | None") -> tuple
 
 def _with_bar(console: Console, work: Iterator[T], total: int, doing: str) -> Iterator[T]:
     """What the iterator yields, with a progress bar where there is a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as progress:
+    with progress_bar(console) as progress:
         yield from progress.track(work, total, description=doing)

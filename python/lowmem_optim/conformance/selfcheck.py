@@ -108,7 +108,7 @@ def _against_reference(subject: Subject, dtype: torch.dtype) -> dict[str, float]
     p, q = (torch.cat([each.flatten() for each in side]).double() for side in zip(*ends, strict=True))
     sizes = torch.cat([each.flatten() for each in largest]).double()
     share = (p != q).double().mean().item()
-    spacings = ((p - q).abs() / (2 * 2**-7 * sizes).clamp(min=1e-30)).max().item()
+    spacings = ((p - q).abs() / (2 * 2**-7 * sizes).clamp(min=1e-30)).nan_to_num(nan=np.inf).max().item()
     return {"share of all elements": share / BF16_SHARE, "two spacings": spacings}
 
 
