@@ -29,6 +29,8 @@ def test_a_kernel_that_is_wrong_is_found(monkeypatch):
 
     monkeypatch.setattr(launch, "scaled_update_", wrong)
     single, half = self_check([Subject("Lomo", lowmem_optim.Lomo)])
-    assert not single.ok
     assert single.times > 1
-    assert half.error is None
+    # of each step 5e-5 of a parameter, which is rounded otherwise in 5e-5 / 2**-8 of all elements
+    assert half.times > 1
+    assert not single.ok
+    assert not half.ok
