@@ -21,13 +21,9 @@ def pytest_configure(config):
     # two workers share the processors, and sums do not depend on how many there are
     torch.set_num_threads(1)
     if INTERPRETING:
-        from lowmem_kernels.testing import fast_interpreter, interpreter
+        from lowmem_kernels.testing.prepare import prepare_interpreter
 
-        interpreter.install_approximate_roots()
-        interpreter.install_fast_calls()
-        interpreter.install_fp32_arguments()
-        interpreter.install_round_to_nearest()
-        fast_interpreter.install_fast_operations()
+        prepare_interpreter()
 
 
 def pytest_collect_file(file_path, parent):

@@ -6,12 +6,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-import lowrank_oracle as exact
 import oracles
 from buckets import SEED
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.lowrank import MomentumRule, partial_momentum_update_
 from lowmem_kernels.testing import Precision, assert_rounded, assert_same_bits, make_tensors
+from lowmem_kernels.testing.oracles import lowrank as exact
 
 HYPER = dict(lr=2.0**-6, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.125)
 FP32 = Precision(torch.float32, torch.float32, torch.float32)

@@ -4,10 +4,10 @@ import numpy as np
 import torch
 
 import oracles
-import whitening_oracles as exact
 from buckets import SEED
 from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import SHAPES, Precision, assert_rounded, assert_same_bits
+from lowmem_kernels.testing.oracles import whitening as exact
 from lowmem_kernels.whitening import WhiteningRule, whiten_
 
 HYPER = dict(lr=2.0**-6, scale=0.25, weight_decay=0.125)

@@ -105,7 +105,7 @@ class PartialMomentum(LowMemOptimizer):
         return [None if block.where is not None and dim == block.where[0] else dim for dim in dims]
 
     def start_of(self, key: str, shape: torch.Size) -> Tensor | None:
-        return _starting_rows(*shape[-2:]).expand(shape) if key.startswith("exp_avg_right") else None
+        return starting_rows(*shape[-2:]).expand(shape) if key.startswith("exp_avg_right") else None
 
     def _momentum(self, block: Block, part: Tensor, group: Mapping[str, Any]) -> str:
         # a momentum of rank 0 is none
@@ -127,7 +127,7 @@ class PartialMomentum(LowMemOptimizer):
             shapes["exp_avg_left"] = (*shape[:-1], rank)
             right = torch.empty((*shape[:-2], rank, shape[-1]), dtype=torch.float32, device=part.device)
             if part.device.type != "meta":
-                right.copy_(_starting_rows(rank, shape[-1]))
+                right.copy_(starting_rows(rank, shape[-1]))
             state["exp_avg_right"] = right
         if block.second == "element":
             shapes["exp_avg_sq"] = shape
@@ -219,7 +219,7 @@ def _described(second: str, block: Block) -> str:
 
 
 @lru_cache(maxsize=256)
-def _starting_rows(rank: int, columns: int) -> Tensor:
+def starting_rows(rank: int, columns: int) -> Tensor:
     """Orthonormal rows, random but always the same: what a low-rank momentum looks along before it sees a gradient."""
     generator = torch.Generator().manual_seed(0)
     random = torch.randn(columns, rank, generator=generator)

@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-import whitening_oracles as exact
 from buckets import FP32, make_bucket, moved
 from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import Case, assert_same_bits
+from lowmem_kernels.testing.oracles import whitening as exact
 from lowmem_kernels.whitening import WhiteningRule, whiten_, whitened
 from whitening_buckets import BF16_SR, CASES, HYPER, RULES, exact_d, numpy64
 

@@ -3,9 +3,10 @@
 import torch
 import transformers
 
+from lowmem_kernels.testing.oracles import adafactor
 from lowmem_optim import Adafactor
 from optim.cases import OptimizerCase, Peer
-from optim.factored import WRONG_CLIP, WRONG_COMMON, WRONG_RATE, adafactor, factors, scaled_by_parameter
+from optim.factored import WRONG_CLIP, WRONG_COMMON, WRONG_RATE, factors, scaled_by_parameter
 
 
 def hf(**options):

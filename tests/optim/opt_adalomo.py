@@ -2,30 +2,14 @@
 
 from unittest import mock
 
-import numpy as np
 import torch
 from lomo_optim import AdaLomo as Package
 from torch import nn
 
+from lowmem_kernels.testing.oracles import adalomo
 from lowmem_optim import AdaLomo
 from optim.cases import OptimizerCase, Peer
-from optim.factored import WRONG_CLIP, WRONG_COMMON, WRONG_RATE, adafactor, factors, scaled_by_parameter
-
-
-def oracle(params, grads, options):
-    """Adafactor's rule with an lr: what is divided and multiplied by RMS is called grouped normalization there."""
-    options = [[{**o, "relative_step": False} for o in os] for os in options]
-    return adafactor(params, grads, options, transform=clip_as_lomo)
-
-
-def clip_as_lomo(grads, options):
-    norm = np.sqrt(sum(np.sum(g**2) for g in grads))
-    for g, o in zip(grads, options, strict=True):
-        if o.get("clip_grad_value") is not None:
-            g = np.clip(g, -o["clip_grad_value"], o["clip_grad_value"])
-        if o.get("clip_grad_norm") is not None:
-            g = g * min(1.0, o["clip_grad_norm"] / (norm + 1e-6))
-        yield g
+from optim.factored import WRONG_CLIP, WRONG_COMMON, WRONG_RATE, factors, scaled_by_parameter
 
 
 class OfPackage(torch.optim.Optimizer):
@@ -66,7 +50,7 @@ CASES = [
         optimizer=AdaLomo,
         options={"lr": 1e-2, "weight_decay": 0.1, "clip_grad_norm": MAX_NORM, "clip_grad_value": MAX_VALUE},
         other_options={"lr": 3e-3, "eps": (1e-2, 2.0), "clip_threshold": 0.6, "decay_rate": -0.5},
-        oracle=oracle,
+        oracle=adalomo,
         state=lambda shape, dtype: factors(shape),
         wrong=[
             *WRONG_COMMON,

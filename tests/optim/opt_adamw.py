@@ -1,23 +1,10 @@
 """AdamW: 1711.05101, algorithm 2, with the decay multiplied by lr."""
 
-import numpy as np
 import torch
 
+from lowmem_kernels.testing.oracles import adamw
 from lowmem_optim import AdamW
 from optim.cases import OptimizerCase, Peer
-
-
-def oracle(params, grads, options):
-    params = list(params)
-    m, v = [0 * p for p in params], [0 * p for p in params]
-    for t in range(1, len(grads) + 1):
-        for i, (g, o) in enumerate(zip(grads[t - 1], options[t - 1], strict=True)):
-            beta1, beta2 = o["betas"]
-            m[i] = beta1 * m[i] + (1 - beta1) * g
-            v[i] = beta2 * v[i] + (1 - beta2) * g**2
-            m_hat, v_hat = m[i] / (1 - beta1**t), v[i] / (1 - beta2**t)
-            params[i] = params[i] - o["lr"] * (m_hat / (np.sqrt(v_hat) + o["eps"]) + o["weight_decay"] * params[i])
-    return params, [{"exp_avg": a, "exp_avg_sq": b} for a, b in zip(m, v, strict=True)]
 
 
 def moments(dtype_of_state):
@@ -54,7 +41,7 @@ CASES = [
         optimizer=AdamW,
         options=OPTIONS,
         other_options=OTHER_OPTIONS,
-        oracle=oracle,
+        oracle=adamw,
         state=moments(torch.float32),
         wrong=WRONG,
         peers=[
@@ -67,7 +54,7 @@ CASES = [
         optimizer=AdamW,
         options={**OPTIONS, "state_dtype": "param"},
         other_options=OTHER_OPTIONS,
-        oracle=oracle,
+        oracle=adamw,
         state=moments(None),
         refuses_float16=True,
         wrong=WRONG,

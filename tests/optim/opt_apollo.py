@@ -2,47 +2,23 @@
 
 import torch
 
-from apollo_oracle import stack
 from lowmem_kernels.projection import ApolloRule
 from lowmem_kernels.projection.rule import moment_shape, norm_shape
+from lowmem_kernels.testing.oracles import apollo, apollo_mini
+from lowmem_kernels.testing.oracles.multinorm import is_matrix
 from lowmem_optim import APOLLO, APOLLOMini
 from optim.cases import OptimizerCase
-from optim.multinorm import DEFAULTS as FALLBACK
-from optim.multinorm import OTHER, decay, fallback, is_matrix
+from optim.multinorm import OTHER, decay, with_ratio
 from optim.multinorm import state as fallback_state
 
-#: what APOLLO does if told nothing
-DEFAULTS = {
-    "rank": 256,
-    "scale": 1.0,
-    "scale_type": "channel",
-    "update_proj_gap": 200,
-    "proj_type": "std",
-    "betas": (0.9, 0.999),
-    "eps": 1e-6,
-    "weight_decay": 0.0,
-    "disable_nl": False,
-    "source": "gaussian",
-}
-MINI = {"rank": 1, "scale": 128.0, "scale_type": "tensor"}
 
+def numbered(rule):
+    """The oracle, told the numbers that `make_groups` gives to parameters."""
 
-def oracle(params, grads, options, defaults=DEFAULTS):
-    ends, states = [], []
-    for i, p in enumerate(params):
-        steps = [{**FALLBACK, **defaults, **os[i]} for os in options]
-        if is_matrix(p.shape, steps[0]["stacks"]):
-            end, state = stack(p, [gs[i] for gs in grads], steps, uid=place_in_groups(i, len(params)))
-        else:
-            # at lr, or at what fallback_lr is in units of it
-            end, state = fallback(p, [gs[i] for gs in grads], [{**o, "scale": 1.0} for o in steps])
-        ends.append(end)
-        states.append(state)
-    return ends, states
+    def told(params, grads, options):
+        return rule(params, grads, options, [place_in_groups(i, len(params)) for i in range(len(params))])
 
-
-def mini_oracle(params, grads, options):
-    return oracle(params, grads, options, {**DEFAULTS, **MINI})
+    return with_ratio(told)
 
 
 def place_in_groups(i, count):
@@ -87,7 +63,7 @@ CASES = [
         optimizer=APOLLO,
         options={"lr": 1e-2, "rank": 4, "scale": 2.0, "update_proj_gap": 7, "weight_decay": 0.1},
         other_options={**OTHER, "scale_type": "tensor", "update_proj_gap": 20, "betas": (0.8, 0.95), "eps": 1e-3},
-        oracle=oracle,
+        oracle=numbered(apollo),
         state=state(rank=4),
         wrong=[*WRONG, *WRONG_RANK],
         elementwise=False,
@@ -100,7 +76,7 @@ CASES = [
         optimizer=APOLLOMini,
         options={"lr": 1e-2, "update_proj_gap": 9, "weight_decay": 0.1, "stacks": "batched"},
         other_options={**OTHER, "scale": 16.0, "proj_type": "reverse_std", "disable_nl": True},
-        oracle=mini_oracle,
+        oracle=numbered(apollo_mini),
         state=state(stacks="batched", rank=1),
         wrong=WRONG,
         elementwise=False,
@@ -113,7 +89,7 @@ CASES = [
         optimizer=APOLLO,
         options={"lr": 1e-2, "rank": 8, "source": "rademacher", "stacks": "conv", "state_dtype": "param"},
         other_options={**OTHER, "source": "torch"},
-        oracle=oracle,
+        oracle=numbered(apollo),
         state=state(stacks="conv", dtype=None, rank=8),
         wrong=[],
         elementwise=False,

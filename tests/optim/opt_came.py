@@ -1,34 +1,12 @@
 """CAME: 2307.02047, algorithm 2, with the package's rule for vectors."""
 
-import numpy as np
 import torch
 from came_pytorch import CAME as Package
 
+from lowmem_kernels.testing.oracles import came
 from lowmem_optim import CAME
 from optim.cases import OptimizerCase, Peer
-from optim.factored import WRONG_CLIP, WRONG_COMMON, SecondMoment, clipped, factors
-
-
-def oracle(params, grads, options):
-    params = list(params)
-    m = [0 * p for p in params]
-    moments, instabilities = ([SecondMoment(p.shape) for p in params] for _ in range(2))
-    for gs, os in zip(grads, options, strict=True):
-        for i, (g, o) in enumerate(zip(gs, os, strict=True)):
-            o = {"eps": (1e-30, 1e-16), "clip_threshold": 1.0, "weight_decay": 0.0, **o}
-            beta1, beta2, beta3 = o["betas"]
-            moments[i].move(g**2 + o["eps"][0], 1 - beta2)
-            u = clipped(g / np.sqrt(moments[i].estimate()), o["clip_threshold"])
-            m[i] = beta1 * m[i] + (1 - beta1) * u
-            update = m[i]
-            if g.ndim >= 2:
-                instabilities[i].move((u - m[i]) ** 2 + o["eps"][1], 1 - beta3)
-                update = m[i] / np.sqrt(instabilities[i].estimate())
-            params[i] = params[i] - o["lr"] * (update + o["weight_decay"] * params[i])
-    states = zip(m, moments, instabilities, strict=True)
-    return params, [
-        {"exp_avg": a, **b.state(), **(c.state("exp_avg_res") if a.ndim >= 2 else {})} for a, b, c in states
-    ]
+from optim.factored import WRONG_CLIP, WRONG_COMMON, factors
 
 
 def state(shape, dtype):
@@ -55,7 +33,7 @@ CASES = [
         optimizer=CAME,
         options=OPTIONS,
         other_options=OTHER_OPTIONS,
-        oracle=oracle,
+        oracle=came,
         state=state,
         wrong=WRONG,
         peers=[

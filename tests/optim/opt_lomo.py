@@ -1,23 +1,10 @@
 """LOMO: 2306.09782, with the weight decay of the package lomo-optim."""
 
-import numpy as np
 import torch
 
+from lowmem_kernels.testing import oracles
 from lowmem_optim import Lomo
 from optim.cases import OptimizerCase, Peer
-
-
-def oracle(params, grads, options):
-    params = list(params)
-    for gs, os in zip(grads, options, strict=True):
-        norm = np.sqrt(sum(np.sum(g**2) for g in gs))
-        for i, (g, o) in enumerate(zip(gs, os, strict=True)):
-            if o.get("clip_grad_value") is not None:
-                g = np.clip(g, -o["clip_grad_value"], o["clip_grad_value"])
-            if o.get("clip_grad_norm") is not None:
-                g = g * min(1.0, o["clip_grad_norm"] / (norm + 1e-6))
-            params[i] = (1 - o["lr"] * o["weight_decay"]) * params[i] - o["lr"] * g
-    return params, [{} for _ in params]
 
 
 def sgd(before_step):
@@ -64,7 +51,7 @@ def lomo_case(name, clip=lambda params: None, **fields):
         optimizer=Lomo,
         options=options,
         other_options={"lr": 1e-2, "weight_decay": 0.2},
-        oracle=oracle,
+        oracle=oracles.sgd,
         state=lambda shape, dtype: {},
         wrong=WRONG,
         peers=[sgd(clip)],

@@ -1,8 +1,9 @@
 """MNGD: 2502.06742, algorithms 1 and 2, with other norms than SinkGD's and a momentum of what is normalized."""
 
+from lowmem_kernels.testing.oracles import mngd
 from lowmem_optim import MNGD
 from optim.cases import OptimizerCase
-from optim.multinorm import OTHER, WRONG, WRONG_SOLVER, decay, oracle, state
+from optim.multinorm import OTHER, WRONG, WRONG_SOLVER, decay, state, with_ratio
 
 WRONG_NORMS = [
     ("norms", ()),
@@ -28,7 +29,7 @@ CASES = [
             "momentum_after": True,
         },
         other_options={**OTHER, "norms": ("frobenius",), "momentum": 0.5, "nesterov": True},
-        oracle=oracle,
+        oracle=with_ratio(mngd),
         state=state("adamw", momentum="fp32"),
         wrong=[*WRONG, *WRONG_NORMS, *WRONG_SOLVER, *WRONG_ITERATIONS],
         elementwise=False,
@@ -47,7 +48,7 @@ CASES = [
             "stacks": "batched",
         },
         other_options={**OTHER, "norms": ("row", "col", "spectral"), "iterations": 2},
-        oracle=oracle,
+        oracle=with_ratio(mngd),
         state=state("adamw", stacks="batched"),
         wrong=WRONG_NORMS,
         elementwise=False,

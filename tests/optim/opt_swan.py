@@ -1,23 +1,9 @@
 """SWAN: 2412.13148, algorithms 1 and 2, with beta = 0.5: with 0.8 the iteration makes errors of 1e-3 of rounding."""
 
+from lowmem_kernels.testing.oracles import swan
 from lowmem_optim import SWAN
-from optim import multinorm
 from optim.cases import OptimizerCase
-from optim.multinorm import OTHER, WRONG_SOLVER, decay, state
-
-#: what SWAN does if told nothing, where that is not what MNGD does
-DEFAULTS = {"iterations": None, "beta": 0.8, "center": True}
-
-
-def oracle(params, grads, options):
-    """Of matrices, SWAN is a multi-normalization: rows, then once a spectral norm."""
-    return multinorm.oracle(params, grads, [[as_mngd({**DEFAULTS, **o}) for o in os] for os in options])
-
-
-def as_mngd(o):
-    rows = "gradnorm" if o["center"] else "row"
-    return {**o, "norms": (rows, "spectral"), "iterations": 1, "solver_iterations": o["iterations"]}
-
+from optim.multinorm import OTHER, WRONG_SOLVER, decay, state, with_ratio
 
 WRONG = [
     *WRONG_SOLVER,
@@ -39,7 +25,7 @@ CASES = [
         optimizer=SWAN,
         options={"lr": 2e-2, "beta": 0.5, "scale": 0.5, "weight_decay": 0.1},
         other_options={**OTHER, "iterations": 6, "center": False, "scale": 2.0, "fallback_betas": (0.8, 0.95)},
-        oracle=oracle,
+        oracle=with_ratio(swan),
         state=state("adamw"),
         wrong=WRONG,
         elementwise=False,
@@ -60,7 +46,7 @@ CASES = [
             "fallback": "adafactor",
         },
         other_options={**OTHER, "weight_decay": 0.0},
-        oracle=oracle,
+        oracle=with_ratio(swan),
         state=state("adafactor", stacks="conv"),
         wrong=WRONG,
         elementwise=False,

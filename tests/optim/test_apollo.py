@@ -7,11 +7,10 @@ import pytest
 import torch
 from torch import nn
 
-from apollo_oracle import stack
 from lowmem_kernels.numerics import FP32_EPS
 from lowmem_kernels.testing.models import model_shapes
+from lowmem_kernels.testing.oracles.projection import DEFAULTS, MINI, stack
 from lowmem_optim import APOLLO, APOLLOMini
-from optim.opt_apollo import DEFAULTS, MINI
 from optim.tensors import assert_same_bits, assert_same_states, states_of, to_numpy
 
 SHAPES = {"tall": (96, 40), "square": (64, 64), "wide": (40, 96)}

@@ -5,9 +5,9 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_kernels.testing.oracles.multinorm import multi_norm
 from lowmem_optim import MNGD, SinkGD
 from optim.every import both_dtypes
-from optim.multinorm import multi_norm
 from optim.tensors import (
     assert_same_bits,
     assert_same_states,

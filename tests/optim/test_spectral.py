@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_kernels.testing.oracles.multinorm import multi_norm
+from lowmem_kernels.testing.oracles.whitening import BACKWARD
 from lowmem_optim import MNGD, SWAN, spectral
 from optim.every import both_dtypes
-from optim.multinorm import multi_norm
 from optim.tensors import assert_same_bits, assert_same_states, copies, make_params, states_of, take_steps, values
-from whitening_oracles import BACKWARD
 
 #: norms and iterations
 SEQUENCES = [

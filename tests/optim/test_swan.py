@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import nn
 
+from lowmem_kernels.testing.oracles.whitening import polar, whitened
 from lowmem_kernels.whitening import reference
 from lowmem_optim import MNGD, SWAN
 from lowmem_optim.cli.measure import temporary_bytes
@@ -19,7 +20,6 @@ from optim.tensors import (
     take_steps,
     values,
 )
-from whitening_oracles import polar, whitened
 
 SHAPES = [(16, 40), (40, 16), (24, 24), (1, 30)]
 each_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

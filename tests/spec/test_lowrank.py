@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-import lowrank_oracle as exact
 from lowmem_kernels import GradTransform
 from lowmem_kernels.elementwise import adamw_
 from lowmem_kernels.lowrank import MAX_RANK, MomentumRule, partial_momentum_update_
 from lowmem_kernels.lowrank.solver import triangular
 from lowmem_kernels.testing import SHAPES, Case
+from lowmem_kernels.testing.oracles import lowrank as exact
 from lowrank_buckets import BF16_SR, FP32, HYPER, MOMENTA, PLAIN, SECONDS, make_momentum_bucket, numpy64, step_and_check
 
 #: Cases of two or more dimensions; those of fewer go with moments that do not need matrices.

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from apollo_oracle import is_right, step, step_error
 from lowmem_kernels import GradTransform
 from lowmem_kernels.lines import matrix_shape
 from lowmem_kernels.projection import ApolloRule, Draw, channel_apply_, project, projection_matrix
@@ -16,6 +15,7 @@ from lowmem_kernels.projection.draw import is_shared
 from lowmem_kernels.projection.normal import normals
 from lowmem_kernels.projection.rule import sides_of
 from lowmem_kernels.testing import PRECISIONS, SHAPES, Case, assert_rounded, make_tensors
+from lowmem_kernels.testing.oracles.projection import is_right, step, step_error
 from projection_buckets import HYPER, RULES, SEED, make_bucket
 
 SOURCES = ("gaussian", "rademacher", "torch")

@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-import whitening_oracles as exact
 from buckets import FP32, make_bucket
 from lowmem_kernels import GradTransform
 from lowmem_kernels.testing import PRECISIONS, Case, assert_same_bits, make_tensors
+from lowmem_kernels.testing.oracles import whitening as exact
 from lowmem_kernels.whitening import WhiteningRule, reference, whiten_, whitened
 from whitening_buckets import BF16_SR, CASES, HYPER, RULES, numpy64, step_and_check
 

@@ -8,6 +8,7 @@ if missing := [name for name in ("matplotlib", "rich", "typer") if find_spec(nam
 import typer
 
 from lowmem_optim.cli.bench import bench_command
+from lowmem_optim.cli.doctor import doctor_command
 from lowmem_optim.cli.plan import plan_command
 from lowmem_optim.cli.profile import profile_command
 from lowmem_optim.cli.train import train_command
@@ -21,6 +22,7 @@ app.command("plan")(plan_command)
 app.command("train")(train_command)
 app.command("bench")(bench_command)
 app.command("profile")(profile_command)
+app.command("doctor")(doctor_command)
 
 
 @app.callback()

@@ -1,10 +1,12 @@
-"""What the commands share: options in panels of the help, errors that name an option, folders for results."""
+"""What the commands share: options in panels of the help, errors that name an option, a bar."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 
 def option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:
@@ -30,3 +32,9 @@ def blaming(flag: str | None) -> Iterator[None]:
         yield
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint=flag and f"'{flag}'") from error
+
+
+def progress_bar(console: Console) -> Progress:
+    """What is being done, how much of how much, and since when; nothing where there is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=console, disable=not console.is_terminal)

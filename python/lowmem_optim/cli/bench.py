@@ -5,10 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from lowmem_optim.cli.arguments import blaming, model_option, option
-from lowmem_optim.cli.files import make_folder
+from lowmem_optim.cli.arguments import blaming, model_option, option, progress_bar
+from lowmem_optim.cli.files import make_folder, make_place
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.bench_rows import Row, Workload
@@ -94,9 +93,7 @@ def bench_command(
         table = out and make_folder(out) / f"{model}-{dtype}.csv"
     with blaming("--plot"):
         if plot is not None:
-            make_folder(plot.parent)
-            if plot.is_dir():
-                raise ValueError(f"{plot} is a folder; a file is needed")
+            make_place(plot)
 
     torch.set_num_threads(threads)
     console = Console()
@@ -129,8 +126,7 @@ def _run(work: "Workload", contenders: "list[Contender]", console: Console) -> "
 
     from lowmem_optim.cli import bench_rows
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with progress_bar(console) as progress:
         task = progress.add_task("", total=bench_rows.total_steps(contenders, work.rounds))
         try:
             return bench_rows.run(

@@ -13,6 +13,14 @@ def make_folder(path: Path) -> Path:
     return path
 
 
+def make_place(path: Path) -> Path:
+    """Makes the folder that a file is to lie in; raises ValueError where that is impossible or the file is a folder."""
+    make_folder(path.parent)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; a file is needed")
+    return path
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is either the old one or the new one, whatever happens."""
     partial = path.with_name(path.name + ".partial")

@@ -7,7 +7,7 @@ import typer
 from rich.console import Console
 
 from lowmem_optim.cli.arguments import blaming, option
-from lowmem_optim.cli.files import make_folder
+from lowmem_optim.cli.files import make_place
 
 if TYPE_CHECKING:
     from lowmem_optim.cli.registry import Choice
@@ -89,9 +89,7 @@ def plan_command(
     for flag, path in (("--plot", plot), ("--json", None if to_stdout else json)):
         with blaming(flag):
             if path is not None:
-                make_folder(path.parent)
-                if path.is_dir():
-                    raise ValueError(f"{path} is a folder; a file is needed")
+                make_place(path)
     with blaming("MODEL"):
         found = load_model(model, DTYPES[dtype])
     console = Console()

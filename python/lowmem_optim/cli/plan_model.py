@@ -1,11 +1,8 @@
 """The model of `lowmem plan`: any MODEL as modules on the meta device, which have shapes and take no memory."""
 
 import difflib
-import importlib
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +11,7 @@ import torch
 from torch import nn
 
 from lowmem_kernels.testing.models import MODELS, Architecture, Shapes, model_shapes
+from lowmem_optim.naming import importing_from_here, load_named
 
 KINDS = "a config.json of transformers, a folder that has one, or module:callable"
 
@@ -187,34 +185,15 @@ def _sizes_of_config(config: Any, module: nn.Module) -> Sizes | None:
 
 def _from_callable(name: str) -> nn.Module:
     """What module:callable returns, called without arguments on the meta device."""
-    where, _, attribute = name.partition(":")
-    with _importing_from_here():
-        try:
-            make: Any = importlib.import_module(where)
-            for part in attribute.split("."):
-                make = getattr(make, part)
-        except (ImportError, AttributeError, ValueError) as error:
-            allowed = "module:callable that can be imported"
-            raise ValueError(f"model is {name!r}: {_line(error)}; allowed: {allowed}") from error
-        try:
-            with torch.device("meta"):
-                module = make()
-        except Exception as error:  # anything that somebody else's code raises
-            raise ValueError(f"{name}() on the meta device: {type(error).__name__}: {_line(error)}") from error
+    make = load_named("model", name, "module:callable that can be imported")
+    try:
+        with importing_from_here(), torch.device("meta"):
+            module = make()
+    except Exception as error:  # anything that somebody else's code raises
+        raise ValueError(f"{name}() on the meta device: {type(error).__name__}: {_line(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}() returned a {type(module).__name__}; allowed: a torch.nn.Module")
     return module
-
-
-@contextmanager
-def _importing_from_here() -> Iterator[None]:
-    """As `python -m` does: an installed command does not look into the folder where it is started."""
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        sys.path.remove(here)
 
 
 def _line(error: Exception) -> str:

@@ -3,6 +3,7 @@
 import ast
 import difflib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.optim import Optimizer
 import lowmem_optim
 from lowmem_optim.base import LowMemOptimizer
 from lowmem_optim.cli.defaults import CONSTRUCTOR, DEFAULTS, Default
+from lowmem_optim.naming import arguments_of
 from lowmem_optim.partial import PartialMomentum
 from lowmem_optim.roles import split_params
 from lowmem_optim.routed import RoutedOptimizer
@@ -55,10 +57,8 @@ class Choice:
 
     @property
     def arguments(self) -> set[str]:
-        """Names of the constructor's arguments; this package's optimizers take the common options as **options."""
-        parameters = inspect.signature(self.cls).parameters.values()
-        names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
-        return names | self.cls.common_defaults.keys() if issubclass(self.cls, LowMemOptimizer) else names
+        """Names of the constructor's arguments."""
+        return arguments_of(self.cls)
 
     @property
     def can_fuse(self) -> bool:
@@ -114,20 +114,29 @@ def find(name: str) -> Choice:
     raise ValueError(f"no optimizer is named {name!r}; " + (f"did you mean {names}?" if near else f"known: {names}"))
 
 
-def parse_options(pairs: list[str], optimizers: list[Choice]) -> dict[str, Any]:
+def parse_options(
+    pairs: list[str], optimizers: list[Choice], elsewhere: Mapping[str, str] = NAMED_OPTIONS
+) -> dict[str, Any]:
     """Options from `key=value` texts; values are Python literals, or text where they are not.
 
-    Raises ValueError for a text without `=`, for a key that none of the optimizers takes, and for one that has a
-    command-line option of its own.
+    Raises ValueError for a text without `=`, for a key that none of the optimizers takes, and for one that is set
+    ``elsewhere``, by its command-line option.
     """
+    options = parse_pairs(pairs)
+    for key in options:
+        if key in elsewhere:
+            raise ValueError(f"{key!r} has an option of its own, {elsewhere[key]}")
+        require_taker(key, optimizers)
+    return options
+
+
+def parse_pairs(pairs: list[str]) -> dict[str, Any]:
+    """As `parse_options`, of any keys."""
     options = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"{pair!r} is not of the form key=value, as in betas=(0.9, 0.95)")
-        if key in NAMED_OPTIONS:
-            raise ValueError(f"{key!r} has an option of its own, {NAMED_OPTIONS[key]}")
-        require_taker(key, optimizers)
         options[key] = _literal(value)
     return options
 

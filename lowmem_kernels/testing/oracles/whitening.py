@@ -1,25 +1,29 @@
-"""Whitening in float64 NumPy, from the papers. Nothing here looks at the code that is tested.
+"""Whitening in float64 NumPy, from the papers. No reference and no kernel is used.
 
 Solvers are polynomials in the Gram matrix, so they act on each eigenvalue by itself: a recurrence of numbers, on the
 squared singular values of X. What is small stays accurate, since no Gram matrix is formed.
 """
 
+from __future__ import annotations
+
 import numpy as np
+
+from .types import Array
 
 #: A backward error of fp32 arithmetic, of the Gram matrix's Frobenius norm: four roundings of 2**-24.
 BACKWARD = 2.0**-22
 
 
-def matrices(x, conv=False):
+def matrices(x: Array, conv: bool = False) -> Array:
     """[E, m, n]: the last two dimensions are a matrix, or all but the first are columns."""
     return x.reshape(1, len(x), -1) if conv else x.reshape(-1, *x.shape[-2:])
 
 
-def normalized(g, normalize):
+def normalized(g: Array, normalize: str | None) -> Array:
     """GradNorm (2412.13148, algorithm 1), or rows over their root mean square, or g itself. 0/0 is 0."""
     if normalize is None:
-        return np.float64(g)
-    x = np.float64(g)
+        return np.asarray(g, np.float64)
+    x = np.asarray(g, np.float64)
     if normalize == "gradnorm":
         constant = (x == x[:, :1]).all(1, keepdims=True)  # whose mean float64 may miss by a rounding error
         x = np.where(constant, 0.0, x - x.mean(1, keepdims=True))
@@ -27,7 +31,7 @@ def normalized(g, normalize):
     return np.divide(x, size, out=np.zeros_like(x), where=size > 0)
 
 
-def inverse_roots(y, solver, iterations, beta):
+def inverse_roots(y: Array, solver: str, iterations: int | None, beta: float) -> Array:
     """What the solver makes of eigenvalues ``y`` of a Gram matrix of Frobenius norm 1: about 1 / sqrt(y)."""
     z = np.ones_like(y)
     if solver == "coupled":
@@ -41,7 +45,13 @@ def inverse_roots(y, solver, iterations, beta):
     return z
 
 
-def whitened(g, normalize="gradnorm", solver="coupled", iterations=None, beta=0.8):
+def whitened(
+    g: Array,
+    normalize: str | None = "gradnorm",
+    solver: str = "coupled",
+    iterations: int | None = None,
+    beta: float = 0.8,
+) -> tuple[Array, float]:
     """(D, error): D of one matrix, and about how far, relative to it in Frobenius norm, fp32 arithmetic is from it.
 
     The error is what a backward error E of the Gram matrix makes of D. In the basis of its eigenvectors Z = f(S) moves
@@ -72,7 +82,7 @@ def whitened(g, normalize="gradnorm", solver="coupled", iterations=None, beta=0.
     return d, moved / size + rescaled / size**2
 
 
-def polar(g, normalize="gradnorm"):
+def polar(g: Array, normalize: str | None = "gradnorm") -> Array:
     """(X X^T)^(-1/2) X, of root mean square 1."""
     x = normalized(g, normalize)
     u, s, v = np.linalg.svd(x, full_matrices=False)
@@ -80,6 +90,6 @@ def polar(g, normalize="gradnorm"):
     return (u[:, whole] @ v[whole]) * np.sqrt(x.size / whole.sum())
 
 
-def update(p, d, *, lr, scale, weight_decay):
+def update(p: Array, d: Array, *, lr: float, scale: float, weight_decay: float) -> Array:
     """p - lr (scale D + weight_decay p)."""
     return p - lr * (scale * d + weight_decay * p)
