@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
-from ..pieces import TOGETHER, RowPieces, advance_empty
+from ..pieces import TOGETHER, Piece, RowPieces, advance_empty, pieces_of
 from ..schedules import Shape, geometries_of, launch_schedule, phase_by_phase
 from ..table import Layout, addresses, starts_aligned, strides_of
 from ..tensors import remembered
@@ -23,7 +23,7 @@ from ..tickets import Order, plan_order
 from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import FactoredSchedule, Piece, pieces_of, schedules_of
+from .schedule import FactoredSchedule, schedules_of
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,13 @@ def _launch(
         for schedule in _schedules(params, grads, aligned, keys, phases, plan_order(facts), None):
             prepared(schedule)(sums_ptr=None)
     else:
-        places, sizes = pieces_of([tuple(p.shape) for p in params], pieces, "residual" in phases)
+        residual = "residual" in phases
+
+        def numbers(matrices: int, m: int) -> tuple[int, int]:
+            """Of each matrix: columns of g² and g²/R, and of R; of the parameter: of p². Then the residual's."""
+            return matrices * (2 * m + 1) + 1, matrices * (m + 1) if residual else 0
+
+        places, sizes = pieces_of([p.shape for p in params], pieces, numbers)
         schedules = _schedules(params, grads, aligned, keys, phases, TOGETHER, places)
         advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
         _launch_phases([prepared(s) for s in schedules], schedules, phases, sizes, pieces, device)

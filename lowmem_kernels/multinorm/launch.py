@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
-from ..pieces import TOGETHER, RowPieces, advance_empty
+from ..pieces import TOGETHER, Piece, RowPieces, advance_empty, pieces_of
 from ..schedules import geometries_of, launch_schedule, phase_by_phase
 from ..table import addresses, starts_aligned, strides_of, uploaded
 from ..tensors import remembered
@@ -24,7 +24,7 @@ from .checks import vector_shapes
 from .fields import COLUMNS, FIELDS
 from .kernels import _multinorm_kernel, _multinorm_sums_kernel
 from .rule import NormRule, Sweep, keeps_elements, steps_of, sweeps_of
-from .schedule import MultinormSchedule, Piece, Route, pieces_of, schedules_of
+from .schedule import MultinormSchedule, Route, schedules_of
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,8 @@ def _launch(
             prepared(schedule, scratch)(sums_ptr=None)
             launched.append((schedule, scratch))
         return launched
-    places, sizes = pieces_of([tuple(p.shape) for p in params], pieces)
+    # sums of columns, and of matrices; a read leaves one of them
+    places, sizes = pieces_of([p.shape for p in params], pieces, lambda matrices, m: (matrices * m, matrices))
     advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
     for schedule in _schedules(params, grads, aligned, keys, rule, writes, TOGETHER, places):
         launched.append((schedule, torch.empty(schedule.scratch, dtype=torch.float32, device=device)))
@@ -186,7 +187,7 @@ def _launch_phases(
     launches: Sequence[Callable[..., None]],
     params: Sequence[Tensor],
     rule: NormRule,
-    sizes: Mapping[str, int],
+    sizes: tuple[int, int],
     pieces: RowPieces,
     found_inf: Tensor | None,
 ) -> None:
@@ -198,7 +199,8 @@ def _launch_phases(
     sums = torch.empty(1, dtype=torch.float32, device=device)
     for k, sweep in enumerate(sweeps):
         launch_phase(2 * k, sums)
-        sums = torch.zeros(sizes[sweep.sums], dtype=torch.float32, device=device)
+        sums = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        of_columns, of_matrices = sums.split(sizes)
         for schedule, scratch in launched:
             tickets = schedule.launches[2 * k + 1]
             with launching_on(device):
@@ -207,7 +209,7 @@ def _launch_phases(
                     found_inf=found_inf, segments_start=schedule.segments_start, rows_start=schedule.rows_start,
                     first_ticket=tickets.start, CROSS=sweep.sums == "cross", num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
-        pieces.all_reduce(sums)
+        pieces.all_reduce(of_columns if sweep.sums == "cross" else of_matrices)
         launch_phase(2 * k + 1, sums)
     launch_phase(2 * len(sweeps), sums)
 
