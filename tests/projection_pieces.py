@@ -112,9 +112,9 @@ def runs(dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads
     """(the run of one process, those of several, their meetings)."""
 
     def all_steps(run, pieces):
-        for step in range(steps):
-            grads = change(step, random_tensors(shapes, dtype, step + 1))
-            run.step(grads, epoch_of(step), backend, pieces, **transform)
+        for k in range(steps):
+            grads = change(k, random_tensors(shapes, dtype, k + 1))
+            run.step(grads, epoch_of(k), backend, pieces, **transform)
 
     return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
 

@@ -243,22 +243,22 @@ def test_the_first_that_fits_is_taken_and_an_ordinary_step_before_a_fused_one():
         row("APOLLO", "ordinary", 23),
         row("AdamW", "fused", 60),
     ]
-    assert recommendation(rows, PLAIN, 24 * 10**9) == (
+    assert recommendation(rows, 24 * 10**9) == (
         "Take APOLLO: 23.0 GB of 24.0 GB, and of those that fit it keeps most of Adam (both moments of a random "
         "projection); AdamW with fuse_backward would take 60.0 GB."
     )
-    assert recommendation(rows, PLAIN, 22 * 10**9).startswith("Take APOLLO with fuse_backward: 20.0 GB")
-    assert recommendation(rows, PLAIN, 60 * 10**9).startswith("Take AdamW with fuse_backward: 60.0 GB of 60.0 GB")
-    assert "Take AdaPM with fuse_backward: " in recommendation([row("AdaPM", "fused", 1)], PLAIN, 10**9)
+    assert recommendation(rows, 22 * 10**9).startswith("Take APOLLO with fuse_backward: 20.0 GB")
+    assert recommendation(rows, 60 * 10**9).startswith("Take AdamW with fuse_backward: 60.0 GB of 60.0 GB")
+    assert "Take AdaPM with fuse_backward: " in recommendation([row("AdaPM", "fused", 1)], 10**9)
     assert PREFERRED.keys() <= {*exported(), "torch.AdamW(fused)"}
 
 
 def test_nothing_fits_and_no_device_is_named():
     rows = [row("Lomo", "fused", 10, part="activations"), row("AdamW", "ordinary", 60)]
-    assert recommendation(rows, PLAIN, 10**9) == (
+    assert recommendation(rows, 10**9) == (
         "Nothing fits in 1.0 GB: the least is Lomo with fuse_backward, 10.0 GB, most of it activations: a smaller "
         "--batch or --sequence, or --checkpointing."
     )
-    assert recommendation(rows, PLAIN, None) == (
+    assert recommendation(rows, None) == (
         "Lomo with fuse_backward takes least, 10.0 GB, and AdamW most, 60.0 GB; --gpu SIZE says what to take."
     )

@@ -29,7 +29,7 @@ def test_pieces_do_what_the_whole_does(dialect, rows, shapes):
 @pytest.mark.parametrize("dialect", BY_CHANNEL)
 @pytest.mark.parametrize("rows", [Rows(2), Rows(3), Rows(2, deal=2)], ids=["2", "3", "dealt"])
 def test_rank_1_by_channels(dialect, rows):
-    """As good as in one process. Some channel's 300 terms cancel to less than 1e-4 of their size, which is then seen."""
+    """As exact as in one process, where the 300 terms of some channel cancel to less than 1e-4 of their size."""
     least = assert_each_step_is_exact(dialect, rows, [(40, 24), (24, 24), (8, 70), (4, 300), (300, 400)])
     assert least < 1e-4
 

@@ -106,7 +106,7 @@ def plan_command(
         typer.echo(plan_report.as_json(found, rows, setting, memory))
     else:
         plan_report.show(console, title, rows, setting, memory)
-        console.print(plan_report.recommendation(rows, setting, memory), style="bold", highlight=False, soft_wrap=True)
+        console.print(plan_report.recommendation(rows, memory), style="bold", highlight=False, soft_wrap=True)
     if plot is not None:
         plan_plot.draw(plot, rows, title, memory)
     if json is not None and not to_stdout:

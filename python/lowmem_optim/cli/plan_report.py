@@ -102,8 +102,8 @@ def notes(rows: list[Row], setting: Setting) -> list[str]:
     return found
 
 
-def recommendation(rows: list[Row], setting: Setting, gpu: int | None) -> str:
-    """Returns one sentence: what to take, and why."""
+def recommendation(rows: list[Row], gpu: int | None) -> str:
+    """Return one sentence: what to take, and why."""
     least = min(rows, key=lambda row: row.total)
     if gpu is None:
         most = max(rows, key=lambda row: row.total)
@@ -172,7 +172,7 @@ def as_json(model: Model, rows: list[Row], setting: Setting, gpu: int | None) ->
             {**asdict(row), "total": row.total, "fits": None if gpu is None else row.total <= gpu} for row in rows
         ],
         "notes": [NOTE, *notes(rows, setting)],
-        "recommendation": recommendation(rows, setting, gpu),
+        "recommendation": recommendation(rows, gpu),
     }
     return json.dumps(record, indent=1)
 
