@@ -24,6 +24,7 @@ SHAPES = [(40, 24), (24, 24), (7, 70), (1, 33), (4, 300), (33, 3), (3, 5, 16), (
 #: (rule, source of the projections).
 DIALECTS = {
     "mini": (ApolloRule(1, "tensor", 128.0), "gaussian"),
+    "rank_2_left": (ApolloRule(2, proj_type="left"), "gaussian"),
     "rank_4": (ApolloRule(4), "gaussian"),
     "free": (ApolloRule(4, growth_limit=None), "gaussian"),
     "right": (ApolloRule(4, proj_type="right"), "gaussian"),
