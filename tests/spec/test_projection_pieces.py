@@ -8,7 +8,7 @@ import torch
 from lowmem_kernels.pieces import RowPieces, RowPlace
 from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_
 from lowmem_kernels.projection.rule import takes_pieces
-from pieces import Rows
+from pieces import Rows, each_bad
 from projection_pieces import (
     BY_CHANNEL,
     assert_bad_rows_stop_all,
@@ -41,10 +41,8 @@ def test_noise_is_that_of_the_whole(dialect, rows, shapes):
 
 
 @each_dialect
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
+@each_bad
 def test_bad_rows_stop_all(dialect, transform, bad):
-    """Of which a clamp would hide an Inf."""
     assert_bad_rows_stop_all(dialect, bad, "torch", **transform)
 
 
