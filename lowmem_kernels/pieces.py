@@ -58,6 +58,45 @@ class RowPieces:
         return shard_of_digits(first * m, sizes, strides)
 
 
+class Piece(NamedTuple):
+    """What a schedule has to know of a parameter of which only some rows are here.
+
+    rows: of the whole. place: which of them are here. first_sums, second_sums: where its numbers start in the vector
+    that is added up over processes: first those of one sum of all parameters, then those of the other.
+    """
+
+    rows: int
+    place: RowPlace
+    first_sums: int
+    second_sums: int
+
+
+def whole_piece(rows: int) -> Piece:
+    """Return the piece that is a whole parameter of so many rows, of which no sums are taken."""
+    return Piece(rows, RowPlace(0, max(rows, 1), 0), 0, 0)
+
+
+def pieces_of(
+    shapes: Sequence[Sequence[int]], pieces: RowPieces, numbers: Callable[[int, int], tuple[int, int]]
+) -> tuple[tuple[Piece | None, ...], tuple[int, int]]:
+    """Return what schedules have to know of parameters in pieces, and how many numbers each of two sums has.
+
+    ``shapes`` are those of what is here; ``numbers(matrices, columns)`` says how many a parameter has in each sum. None
+    stands for a parameter that has no elements in any process.
+    """
+    found: list[Piece | None] = []
+    first = second = 0
+    for (*outer, _here, columns), rows, place in zip(shapes, pieces.rows, pieces.places, strict=True):
+        matrices = math.prod(outer)
+        if matrices * rows * columns == 0:
+            found.append(None)
+            continue
+        found.append(Piece(rows, place, first, second))
+        more = numbers(matrices, columns)
+        first, second = first + more[0], second + more[1]
+    return tuple([p and p._replace(second_sums=first + p.second_sums) for p in found]), (first, second)
+
+
 #: Order of the tickets of pieces: all of them take a phase in one launch, and the host adds up in between.
 TOGETHER = Order(bundle_bytes=1 << 62, ahead=0, reverse=True, phased=True)
 

@@ -6,17 +6,21 @@ How a parameter is cut, and so the order of its sums, depends on its own shape o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple
+from math import prod
+from typing import Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from .device import launching_on
-from .table import Strides, counters, uploaded
+from .table import Strides, counters, strides_of, uploaded
+from .tensors import remembered
 from .tickets import SLOTS, Order, Stage, bundles_of, ticket_list
+
+S = TypeVar("S")
 
 #: Tiles that a ticket of small matrices has at most, so that a stack of thousands (convolutions) has not as many
 #: programs, each of which does nothing but find its place.
@@ -143,6 +147,38 @@ def schedule_of(
         np.array(members), np.concatenate([tickets.values, np.array(values + dims, dtype=np.int64)]),
         tickets.segments_start, rows_start, tickets.launches, tickets.counters, scratch,
     )  # fmt: skip
+
+
+def remembered_schedules(
+    make: Callable[..., tuple[S, ...]],
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    aligned: np.ndarray,
+    *arguments: Hashable,
+) -> tuple[S, ...]:
+    """Return ``make(geometries, aligned, *arguments)`` for lists of tensors, made once for those that are `Tensors`.
+
+    ``make`` has a memory of its own, for plain lists.
+    """
+    strides = strides_of(params, grads)
+
+    def found() -> tuple[S, ...]:
+        return make(geometries_of(params, strides), tuple(aligned.tolist()), *arguments)
+
+    return remembered([params], (make, strides, aligned.tobytes(), *arguments), found)
+
+
+def fields_of(schedule: Schedule, names: Sequence[str]) -> Iterator[tuple[int, dict[str, int]]]:
+    """Yield the place in the list of each of a schedule's parameters, and its fields by name."""
+    members, width = schedule.members.tolist(), len(names)
+    rows = schedule.values[schedule.rows_start :][: len(members) * width].reshape(-1, width)
+    for i, row in zip(members, rows.tolist(), strict=True):
+        yield i, dict(zip(names, row, strict=True))
+
+
+def cut_out(scratch: Tensor, start: int, shape: Sequence[int]) -> Tensor:
+    """Return a copy of what lies in the scratch from ``start`` on."""
+    return scratch[start : start + prod(shape)].view(tuple(shape)).clone()
 
 
 def phase_by_phase(

@@ -6,7 +6,7 @@ import torch
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.multinorm import NormRule, sinkhorn_update_
 from lowmem_kernels.numerics import parity_tolerance
-from pieces import Rows, random_tensors
+from pieces import Rows, each_bad, random_tensors
 
 STEPS = 2
 
@@ -146,3 +146,30 @@ def assert_noise_is_that_of_the_whole(name, rows, shapes, backend):
                 differ += int((found != expected).sum())
                 total += expected.numel()
     assert differ <= 3e-4 * total, (differ, total)
+
+
+class PiecesContract:
+    """What either implementation has to satisfy; each tier says which it is."""
+
+    backend: str
+
+    @each_rule
+    @each_cut
+    def test_pieces_do_what_the_whole_does(self, name, rows, shapes):
+        assert_pieces_do_what_the_whole_does(name, rows, shapes, self.backend)
+
+    @pytest.mark.parametrize("name", ["sinkgd", "momentum after", "signs"])
+    @each_cut
+    def test_noise_is_that_of_the_whole(self, name, rows, shapes):
+        assert_noise_is_that_of_the_whole(name, rows, shapes, self.backend)
+
+    @pytest.mark.parametrize("name", ["sinkgd", "columns first", "frobenius", "frobenius alone", "table"])
+    @each_bad
+    def test_bad_rows_stop_all(self, name, transform, bad):
+        assert_bad_rows_stop_all(name, bad, self.backend, **transform)
+
+    @pytest.mark.parametrize("name", ["rows", "columns", "signs"])
+    @each_bad
+    def test_bad_rows_are_kept(self, name, transform, bad):
+        """By rules without a sum over all elements."""
+        assert_bad_rows_are_kept(name, bad, self.backend, **transform)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -80,6 +81,12 @@ def together(processes: int, work: Callable[[int, Meetings], Any]) -> tuple[list
     if errors:
         raise errors[0]
     return results, meetings
+
+
+def each_bad(test: Callable[..., None]) -> Callable[..., None]:
+    """Run a test for NaN and Inf, as they are and where a clamp would hide an Inf."""
+    test = pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])(test)
+    return pytest.mark.parametrize("bad", [float("nan"), float("inf")])(test)
 
 
 def random_tensors(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype, seed: int) -> list[Tensor]:

@@ -1,14 +1,18 @@
 """What APOLLO makes of matrices whose rows are in several processes, for the tests."""
 
+from dataclasses import asdict
 from math import prod
 
+import numpy as np
 import pytest
 import torch
 
 from lowmem_kernels import GradTransform, Rounding
 from lowmem_kernels.numerics import parity_tolerance
-from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_
+from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, projection_matrix
 from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of
+from lowmem_kernels.testing import assert_rounded
+from lowmem_kernels.testing.oracles.projection import is_right, step, step_error
 from pieces import Rows, random_tensors
 
 STEPS = 20
@@ -17,10 +21,10 @@ STEPS = 20
 #: third would not be projected at rank 4. Of three processes the last has nothing of some.
 SHAPES = [(40, 24), (24, 24), (7, 70), (1, 33), (4, 300), (33, 3), (3, 5, 16), (2, 16, 6), (0, 6)]
 
-#: (rule, source of the projections). At rank 1 not by channels: their factors are divided by one number each, in which
-#: 300 terms can cancel to 1e-4 of their size, and then another order of summation is seen in all of the channel.
+#: (rule, source of the projections).
 DIALECTS = {
     "mini": (ApolloRule(1, "tensor", 128.0), "gaussian"),
+    "rank_2_left": (ApolloRule(2, proj_type="left"), "gaussian"),
     "rank_4": (ApolloRule(4), "gaussian"),
     "free": (ApolloRule(4, growth_limit=None), "gaussian"),
     "right": (ApolloRule(4, proj_type="right"), "gaussian"),
@@ -30,6 +34,17 @@ DIALECTS = {
     "signs": (ApolloRule(8), "rademacher"),
     "torch": (ApolloRule(4), "torch"),
 }
+
+#: Rank 1 by channels, of which each factor is divided by a single number. Its terms can cancel, and then another order
+#: of summation is seen in all of the channel: two runs part, and each step is held against float64 by itself.
+BY_CHANNEL = {
+    "channels": (ApolloRule(1), "gaussian"),
+    "channels_right": (ApolloRule(1, proj_type="right"), "gaussian"),
+    "channels_left_free": (ApolloRule(1, proj_type="left", growth_limit=None), "gaussian"),
+}
+
+HYPER = {"lr": 1e-2, "weight_decay": 0.1}
+SEED = 3
 
 each_dialect = pytest.mark.parametrize("dialect", DIALECTS)
 each_cut = pytest.mark.parametrize(
@@ -56,10 +71,12 @@ def numbers_summed(shape, rule):
 
 
 class Run:
-    """Parameters with their states, in one process, which has all rows of them or some."""
+    """Parameters with their states, in one process, which has all rows of them or some; ``past``: after each step."""
 
     def __init__(self, dialect, shapes, dtype, cut):
-        self.rule, self.source = DIALECTS[dialect]
+        self.rule, self.source = (DIALECTS | BY_CHANNEL)[dialect]
+        # `step_error` allows a part of all that p has moved, in which a decay can cancel with the update
+        self.hyper = {**HYPER, "weight_decay": 0.0} if dialect in BY_CHANNEL else HYPER
         self.cut = cut
         self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
         moment = dtype if dtype is torch.bfloat16 else torch.float32
@@ -72,23 +89,33 @@ class Run:
         self.epochs = [torch.zeros(()) for _ in shapes]
         self.steps = [torch.zeros(()) for _ in shapes]
         self.skipped = torch.zeros((), dtype=torch.int64)
+        self.past = [self._copies()]
+
+    def _copies(self):
+        return [[x.clone() for x in tensors] for tensors in (self.params, *self.moments, self.norms)]
 
     def step(self, grads, epoch, backend, pieces=None, **transform):
         apollo_update_(
             self.params, [self.cut(g) for g in grads], *self.moments, self.norms, self.epochs, self.steps,
-            lr=1e-2, weight_decay=0.1, rule=self.rule, draw=Draw(self.source, 3, epoch=epoch), pieces=pieces,
+            **self.hyper, rule=self.rule, draw=Draw(self.source, SEED, epoch=epoch), pieces=pieces,
             transform=GradTransform(skipped=self.skipped, **transform),
             rounding=Rounding(self.params[0].dtype is torch.bfloat16, seed=5), backend=backend,
         )  # fmt: skip
+        self.past.append(self._copies())
+
+
+def epoch_of(step):
+    """Projections are redrawn in every seventh step."""
+    return 1 + step // 7
 
 
 def runs(dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, **transform):
-    """(the run of one process, those of several, their meetings). Projections are redrawn in every seventh step."""
+    """(the run of one process, those of several, their meetings)."""
 
     def all_steps(run, pieces):
-        for step in range(steps):
-            grads = change(step, random_tensors(shapes, dtype, step + 1))
-            run.step(grads, 1 + step // 7, backend, pieces, **transform)
+        for k in range(steps):
+            grads = change(k, random_tensors(shapes, dtype, k + 1))
+            run.step(grads, epoch_of(k), backend, pieces, **transform)
 
     return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
 
@@ -117,6 +144,43 @@ def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):
     assert_same(rows, shapes, whole, several, STEPS, [STEPS] * len(shapes))
     expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
     assert [count for _, count in meetings.sums] == [expected] * STEPS
+
+
+def assert_each_step_is_exact(dialect, rows, shapes):
+    """In float32, of one process and of several: every step, from where they are, within the error of its sums.
+
+    Returns the smallest R of a channel that there was, in units of the sum of its terms' sizes.
+    """
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, STEPS, "torch")
+    expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
+    assert [count for _, count in meetings.sums] == [expected] * STEPS
+    options = {**asdict(whole.rule), **whole.hyper, "disable_nl": whole.rule.growth_limit is None}
+    least = 1.0
+
+    def gathered(k, i):
+        """What the processes have of parameter i after k steps: p, M, V and its norm."""
+        *tensors, norms = zip(*[[column[i] for column in run.past[k]] for run in several], strict=True)
+        likes = [column[i] for column in whole.past[k][:3]]
+        cuts = (True, *(moments_are_cut(shapes[i], whole.rule),) * 2)
+        pieces = [rows.gathered(t, like) if cut else t[0] for t, like, cut in zip(tensors, likes, cuts, strict=True)]
+        return [*pieces, norms[0]]
+
+    for k in range(STEPS):
+        grads = random_tensors(shapes, torch.float32, k + 1)
+        for i, shape in enumerate(shapes):
+            draw = Draw(whole.source, SEED, [i], epoch_of(k))
+            made = dict(rank=whole.rule.rank, draw=draw, proj_type=whole.rule.proj_type)
+            project, g = (x.double().numpy() for x in (projection_matrix(shape, **made), grads[i]))
+            turn = (lambda x: x.T) if is_right(shape, whole.rule.proj_type) else (lambda x: x)
+            least = min(least, np.min(np.abs(project @ turn(g)) / (np.abs(project) @ np.abs(turn(g)))))
+            for of in (lambda k, i: [column[i] for column in whole.past[k]], gathered):
+                *before, last = (x.double().numpy() for x in of(k, i))
+                w, first, second = map(turn, before)
+                *new, _ = step(w, turn(g), first, second, float(last), k + 1, project, options)
+                errors = step_error(w, turn(g), first, second, k + 1, project, options, new)
+                for found, exact, error in zip(of(k + 1, i)[:3], new, errors, strict=True):
+                    assert_rounded(found, *[torch.from_numpy(turn(x).copy()) for x in (exact, error)], stochastic=False)
+    return least
 
 
 def assert_bad_rows_stop_all(dialect, bad, backend, **transform):

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -15,15 +14,14 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts
 from ..options import GradTransform, Rounding
-from ..pieces import TOGETHER, RowPieces, advance_empty
-from ..schedules import Shape, geometries_of, launch_schedule, phase_by_phase
-from ..table import Layout, addresses, starts_aligned, strides_of
-from ..tensors import remembered
-from ..tickets import Order, plan_order
+from ..pieces import TOGETHER, RowPieces, advance_empty, pieces_of
+from ..schedules import Shape, launch_schedule, phase_by_phase, remembered_schedules
+from ..table import Layout, addresses, starts_aligned
+from ..tickets import plan_order
 from .fields import COLUMNS
 from .kernels import _confidence_kernel, _factored_kernel
 from .rule import FactoredRule
-from .schedule import FactoredSchedule, Piece, pieces_of, schedules_of
+from .schedule import FactoredSchedule, schedules_of
 
 
 @dataclass(frozen=True)
@@ -142,7 +140,7 @@ def _launch(
     facts = device_facts(device)
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
-    keys = rounding.keys(len(params))
+    keys, itemsize = rounding.keys(len(params)), grads[0].itemsize
 
     def prepared(schedule: FactoredSchedule) -> Callable[..., None]:
         plan = plan_factored(schedule.tile, schedule.layout, facts.warp_size)
@@ -156,11 +154,17 @@ def _launch(
 
     if pieces is None:
         phases = tuple([phase for phase in phases if phase not in _SUMS])
-        for schedule in _schedules(params, grads, aligned, keys, phases, plan_order(facts), None):
+        for schedule in _schedules(params, grads, aligned, keys, phases, itemsize, plan_order(facts), None):
             prepared(schedule)(sums_ptr=None)
     else:
-        places, sizes = pieces_of([tuple(p.shape) for p in params], pieces, "residual" in phases)
-        schedules = _schedules(params, grads, aligned, keys, phases, TOGETHER, places)
+        residual = "residual" in phases
+
+        def numbers(matrices: int, m: int) -> tuple[int, int]:
+            """Of each matrix: columns of g² and g²/R, and of R; of the parameter: of p². Then the residual's."""
+            return matrices * (2 * m + 1) + 1, matrices * (m + 1) if residual else 0
+
+        places, sizes = pieces_of([p.shape for p in params], pieces, numbers)
+        schedules = _schedules(params, grads, aligned, keys, phases, itemsize, TOGETHER, places)
         advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
         _launch_phases([prepared(s) for s in schedules], schedules, phases, sizes, pieces, device)
     # the kernel wrote through addresses, which autograd cannot see: tell it that saved parameters are stale
@@ -189,24 +193,6 @@ def _launch_phases(
 _TILED = [COLUMNS.index(name) for name in ("param", "grad", "row", "exp_avg")]
 
 
-def _schedules(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    aligned: np.ndarray,
-    keys: tuple[int, ...],
-    phases: tuple[str, ...],
-    order: Order,
-    pieces: tuple[Piece | None, ...] | None,
-) -> tuple[FactoredSchedule, ...]:
-    strides, itemsize = strides_of(params, grads), grads[0].itemsize
-
-    def make() -> tuple[FactoredSchedule, ...]:
-        geometries = geometries_of(params, strides)
-        return _schedules_of(geometries, tuple(aligned.tolist()), keys, phases, itemsize, order, pieces)
-
-    what = ("schedules", strides, aligned.tobytes(), keys, phases, itemsize, order, pieces)
-    return remembered([params], what, make)
-
-
 # for plain lists, of which nothing is remembered
 _schedules_of = lru_cache(maxsize=64)(schedules_of)
+_schedules = partial(remembered_schedules, _schedules_of)

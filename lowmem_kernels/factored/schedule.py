@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
 
 import torch
 
 from ..pieces import MAX_GROUPS as PIECE_GROUPS
-from ..pieces import RowPieces, RowPlace
+from ..pieces import Piece, whole_piece
 from ..schedules import SMALL_TILES, Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout, collapse
 from ..tickets import Order, Stage
@@ -28,39 +27,6 @@ SCRATCH_BYTES = 32 * 2**20
 #: Tiles of 4096 elements: of 8 warps, each thread has 16 elements, two 16-byte accesses of bfloat16 for each tensor.
 WIDE, NARROW = Shape(16, 256), Shape(128, 32)
 HALF_WIDE, HALF_NARROW = Shape(8, 256), Shape(64, 32)
-
-
-class Piece(NamedTuple):
-    """What a schedule has to know of a parameter of which only some rows are here.
-
-    rows: of the whole. place: which of them are here. sums, res_sums: where its sums start in the vector of all.
-    """
-
-    rows: int
-    place: RowPlace
-    sums: int
-    res_sums: int
-
-
-def pieces_of(
-    shapes: Sequence[tuple[int, ...]], pieces: RowPieces, residual: bool
-) -> tuple[tuple[Piece | None, ...], tuple[int, int]]:
-    """Return what schedules have to know of parameters in pieces, and how many numbers there are of each sum.
-
-    ``shapes`` are those of what is here; ``residual`` says whether there is a second sum. None stands for a parameter
-    that has no elements in any process.
-    """
-    found: list[Piece | None] = []
-    first = second = 0
-    for (*outer, _n, m), rows, place in zip(shapes, pieces.rows, pieces.places, strict=True):
-        matrices = prod(outer)
-        if matrices * rows * m == 0:
-            found.append(None)
-            continue
-        found.append(Piece(rows, place, first, second))
-        first += matrices * (2 * m + 1) + 1
-        second += matrices * (m + 1) if residual else 0
-    return tuple([piece and piece._replace(res_sums=first + piece.res_sums) for piece in found]), (first, second)
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +108,7 @@ class _Row(Row):
         else:
             matrices, n, m = prod(shape[:-2]), shape[-2], shape[-1]
             last = m
-        whole = Piece(n, RowPlace(0, max(n, 1), 0), 0, 0) if piece is None else piece
+        whole = whole_piece(n) if piece is None else piece
         blocks = -(-n // tile.rows)
         groups = max(1, min(blocks, (MAX_GROUPS if piece is None else PIECE_GROUPS) // matrices))
         group_rows = max(1, -(-blocks // groups)) * tile.rows
@@ -189,8 +155,8 @@ class _Row(Row):
             "first_row": whole.place.first,
             "run": whole.place.run,
             "distance": whole.place.distance,
-            "sums": whole.sums,
-            "res_sums": whole.res_sums,
+            "sums": whole.first_sums,
+            "res_sums": whole.second_sums,
             "ndim": len(dims) // 3,
             **strides,
         }

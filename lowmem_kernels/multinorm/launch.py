@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -15,16 +14,15 @@ from torch import Tensor
 from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
-from ..pieces import TOGETHER, RowPieces, advance_empty
-from ..schedules import geometries_of, launch_schedule, phase_by_phase
-from ..table import addresses, starts_aligned, strides_of, uploaded
-from ..tensors import remembered
-from ..tickets import Order, plan_order
+from ..pieces import TOGETHER, RowPieces, advance_empty, pieces_of
+from ..schedules import cut_out, fields_of, launch_schedule, phase_by_phase, remembered_schedules
+from ..table import addresses, starts_aligned, uploaded
+from ..tickets import plan_order
 from .checks import vector_shapes
 from .fields import COLUMNS, FIELDS
 from .kernels import _multinorm_kernel, _multinorm_sums_kernel
 from .rule import NormRule, Sweep, keeps_elements, steps_of, sweeps_of
-from .schedule import MultinormSchedule, Piece, Route, pieces_of, schedules_of
+from .schedule import MultinormSchedule, Route, schedules_of
 
 
 @dataclass(frozen=True)
@@ -93,13 +91,12 @@ def sinkhorn_scales(
     for schedule, scratch in launched:
         sweeps, _ = sweeps_of(rule, "row" if schedule.route.rows else "col")
         crossed = any(sweep.sums == "cross" for sweep in sweeps)
-        values = schedule.values[schedule.rows_start :][: len(schedule.members) * len(FIELDS)]
-        for i, row in zip(schedule.members.tolist(), values.reshape(-1, len(FIELDS)), strict=True):
+        for i, fields in fields_of(schedule, FIELDS):
             shapes = vector_shapes(grads[i], rule.conv)
             line_shape, cross_shape = shapes if schedule.route.rows else shapes[::-1]
             lines, cross = lists if schedule.route.rows else lists[::-1]
-            lines[i] = _cut_out(scratch, row[FIELDS.index("line_scale")], line_shape)
-            cross[i] = _cut_out(scratch, row[FIELDS.index("cross_scale")], cross_shape)
+            lines[i] = cut_out(scratch, fields["line_scale"], line_shape)
+            cross[i] = cut_out(scratch, fields["cross_scale"], cross_shape)
             if not crossed:
                 cross[i].fill_(1.0)
     return lists
@@ -153,7 +150,7 @@ def _launch(
     where = addresses([columns.get(name) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
     momentum = "none" if exp_avgs is None else "after" if rule.momentum_after else "before"
-    keys, writes = rounding.keys(len(params)), arguments["WRITE"]
+    keys, writes, itemsize = rounding.keys(len(params)), arguments["WRITE"], grads[0].itemsize
 
     def prepared(schedule: MultinormSchedule, scratch: Tensor) -> Callable[..., None]:
         route = schedule.route
@@ -167,14 +164,15 @@ def _launch(
         )  # fmt: skip
 
     if pieces is None:
-        for schedule in _schedules(params, grads, aligned, keys, rule, writes, plan_order(facts), None):
+        for schedule in _schedules(params, grads, aligned, keys, rule, writes, itemsize, plan_order(facts), None):
             scratch = torch.empty(schedule.scratch, dtype=torch.float32, device=device)
             prepared(schedule, scratch)(sums_ptr=None)
             launched.append((schedule, scratch))
         return launched
-    places, sizes = pieces_of([tuple(p.shape) for p in params], pieces)
+    # sums of columns, and of matrices; a read leaves one of them
+    places, sizes = pieces_of([p.shape for p in params], pieces, lambda matrices, m: (matrices * m, matrices))
     advance_empty(columns["step"], [place is None for place in places], transform.found_inf)
-    for schedule in _schedules(params, grads, aligned, keys, rule, writes, TOGETHER, places):
+    for schedule in _schedules(params, grads, aligned, keys, rule, writes, itemsize, TOGETHER, places):
         launched.append((schedule, torch.empty(schedule.scratch, dtype=torch.float32, device=device)))
     launches = [prepared(*each) for each in launched]
     _launch_phases(launched, launches, params, rule, sizes, pieces, transform.found_inf)
@@ -186,7 +184,7 @@ def _launch_phases(
     launches: Sequence[Callable[..., None]],
     params: Sequence[Tensor],
     rule: NormRule,
-    sizes: Mapping[str, int],
+    sizes: tuple[int, int],
     pieces: RowPieces,
     found_inf: Tensor | None,
 ) -> None:
@@ -198,7 +196,8 @@ def _launch_phases(
     sums = torch.empty(1, dtype=torch.float32, device=device)
     for k, sweep in enumerate(sweeps):
         launch_phase(2 * k, sums)
-        sums = torch.zeros(sizes[sweep.sums], dtype=torch.float32, device=device)
+        sums = torch.zeros(sum(sizes), dtype=torch.float32, device=device)
+        of_columns, of_matrices = sums.split(sizes)
         for schedule, scratch in launched:
             tickets = schedule.launches[2 * k + 1]
             with launching_on(device):
@@ -207,7 +206,7 @@ def _launch_phases(
                     found_inf=found_inf, segments_start=schedule.segments_start, rows_start=schedule.rows_start,
                     first_ticket=tickets.start, CROSS=sweep.sums == "cross", num_warps=4, enable_fp_fusion=False,
                 )  # fmt: skip
-        pieces.all_reduce(sums)
+        pieces.all_reduce(of_columns if sweep.sums == "cross" else of_matrices)
         launch_phase(2 * k + 1, sums)
     launch_phase(2 * len(sweeps), sums)
 
@@ -245,29 +244,6 @@ def rule_arguments(rule: NormRule, route: Route) -> dict[str, Any]:
 _TILED = [COLUMNS.index(name) for name in ("param", "grad", "exp_avg")]
 
 
-def _cut_out(scratch: Tensor, start: int, shape: torch.Size) -> Tensor:
-    return scratch[start : start + shape.numel()].view(shape).clone()
-
-
-def _schedules(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    aligned: np.ndarray,
-    keys: tuple[int, ...],
-    rule: NormRule,
-    writes: bool,
-    order: Order,
-    pieces: tuple[Piece | None, ...] | None,
-) -> tuple[MultinormSchedule, ...]:
-    strides, itemsize = strides_of(params, grads), grads[0].itemsize
-
-    def make() -> tuple[MultinormSchedule, ...]:
-        geometries = geometries_of(params, strides)
-        return _schedules_of(geometries, tuple(aligned.tolist()), keys, rule, writes, itemsize, order, pieces)
-
-    what = ("multinorm", strides, aligned.tobytes(), keys, rule, writes, itemsize, order, pieces)
-    return remembered([params], what, make)
-
-
 # for plain lists, of which nothing is remembered
 _schedules_of = lru_cache(maxsize=64)(schedules_of)
+_schedules = partial(remembered_schedules, _schedules_of)

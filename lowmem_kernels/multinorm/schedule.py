@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims, matrix_shape
 from ..pieces import MAX_GROUPS as PIECE_GROUPS
-from ..pieces import RowPieces, RowPlace
+from ..pieces import Piece, whole_piece
 from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
 from ..tickets import Order, Stage
@@ -60,37 +60,6 @@ class Route(NamedTuple):
     resident: bool
     apply_tile: Shape
     whole: bool = False
-
-
-class Piece(NamedTuple):
-    """What a schedule has to know of a parameter of which only some rows are here.
-
-    rows: of the whole. place: which of them are here. cross_sums, single_sums: where its sums of columns, or of
-    matrices, start in the vector of all.
-    """
-
-    rows: int
-    place: RowPlace
-    cross_sums: int
-    single_sums: int
-
-
-def pieces_of(shapes: Sequence[tuple[int, ...]], pieces: RowPieces) -> tuple[tuple[Piece | None, ...], dict[str, int]]:
-    """Return what schedules have to know of parameters in pieces, and the numbers of a sum, "cross" or other.
-
-    ``shapes`` are those of what is here. None stands for a parameter that has no elements in any process.
-    """
-    found: list[Piece | None] = []
-    cross = single = 0
-    for (*outer, _n, m), rows, place in zip(shapes, pieces.rows, pieces.places, strict=True):
-        matrices = math.prod(outer)
-        if matrices * rows * m == 0:
-            found.append(None)
-            continue
-        found.append(Piece(rows, place, cross, single))
-        cross += matrices * m
-        single += matrices
-    return tuple(found), {"cross": cross, "norms": single, "total": single}
 
 
 @dataclass(frozen=True, eq=False)
@@ -217,7 +186,7 @@ class _Row(Row):
         numel = matrices * lines * length
         if not numel and piece is None:
             matrices, lines = 1, 0
-        whole = Piece(lines, RowPlace(0, max(lines, 1), 0), 0, 0) if piece is None else piece
+        whole = whole_piece(lines) if piece is None else piece
         cut = cut_lines(matrices, lines, length, route.tile, MAX_GROUPS if piece is None else PIECE_GROUPS)
         shares = cut.tickets // cut.groups
         slabs = max(1, -(-length // SLAB)) if cut.batch == 1 else 1
@@ -250,8 +219,8 @@ class _Row(Row):
             "first_line": whole.place.first,
             "run": whole.place.run,
             "distance": whole.place.distance,
-            "cross_sums": whole.cross_sums,
-            "single_sums": whole.single_sums,
+            "cross_sums": whole.first_sums,
+            "single_sums": whole.second_sums,
             **counts,
         }
         super().__init__(numel, partial, sizes, fields, dims, starts)

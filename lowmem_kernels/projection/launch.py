@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -19,10 +18,10 @@ from ..device import device_facts
 from ..dispatch import interpreting
 from ..options import GradTransform, Rounding
 from ..pieces import RowPieces
-from ..schedules import geometries_of, launch_schedule
-from ..table import addresses, starts_aligned, strides_of
+from ..schedules import cut_out, fields_of, launch_schedule, remembered_schedules
+from ..table import addresses, starts_aligned
 from ..tensors import remembered
-from ..tickets import Order, plan_order
+from ..tickets import plan_order
 from .banks import Bank, projections_of
 from .draw import draw_key, key_of, torch_projection
 from .fields import COLUMNS, FIELDS
@@ -122,15 +121,14 @@ def project(
     given = GradTransform(transform.inv_scale, transform.clip_value, transform.clip_coef, transform.maximize)
     columns = {"param": grads, "grad": grads}
     for schedule, scratch in _launch(columns, work, draw, given, Rounding(), **_NO_UPDATE):
-        values = schedule.values[schedule.rows_start :][: len(schedule.members) * len(FIELDS)]
-        for i, row in zip(schedule.members.tolist(), values.reshape(-1, len(FIELDS)), strict=True):
+        for i, fields in fields_of(schedule, FIELDS):
             shape = tuple(grads[i].shape)
-            squares[i] = _cut_out(scratch, row, "squares", channel_shape(shape, rank, proj_type, conv))
+            squares[i] = cut_out(scratch, fields["squares"], channel_shape(shape, rank, proj_type, conv))
             if schedule.route.mode == "none":
                 projected[i] = _transformed(grads[i], given)
             else:
                 moments = moment_shape(shape, ApolloRule(rank, proj_type=proj_type, conv=conv))
-                projected[i] = _cut_out(scratch, row, "projected", moments) * projected_scale(int(row[_RANK]))
+                projected[i] = cut_out(scratch, fields["projected"], moments) * projected_scale(fields["rank"])
     return projected, squares
 
 
@@ -182,8 +180,6 @@ _NO_UPDATE: dict[str, Any] = {
     **dict.fromkeys(("eps", "root_scale", "growth_limit"), 0.0), "TENSOR": False, "LIMIT": False,
 }  # fmt: skip
 
-_RANK = FIELDS.index("rank")
-
 #: Columns that are read as tiles.
 _TILED = [COLUMNS.index(name) for name in ("param", "grad", "exp_avg", "exp_avg_sq")]
 
@@ -210,7 +206,8 @@ def _launch(
         draw_keys, epoch = _draw_keys(draw.seed, tuple(draw.uids_of(len(params)))), draw.epoch
     where = addresses([columns.get(name, projections if name == "projection" else None) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
-    for schedule in _schedules(params, grads, aligned, rounding.keys(len(params)), draw_keys, work, plan_order(facts)):
+    keys, itemsize = rounding.keys(len(params)), grads[0].itemsize
+    for schedule in _schedules(params, grads, aligned, keys, draw_keys, work, itemsize, plan_order(facts)):
         route, scratch = schedule.route, torch.empty(schedule.scratch, dtype=torch.float32, device=device)
         launch_schedule(
             _apollo_kernel, schedule, params, where, scratch, epoch=epoch,
@@ -257,27 +254,9 @@ def _sides(tensors: Sequence[Tensor], work: Work) -> tuple[Sides, ...]:
     return remembered([tensors], ("sides", work), make)
 
 
-def _schedules(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    aligned: np.ndarray,
-    keys: tuple[int, ...],
-    draw_keys: tuple[int, ...],
-    work: Work,
-    order: Order,
-) -> tuple[ProjectionSchedule, ...]:
-    strides, itemsize = strides_of(params, grads), grads[0].itemsize
-
-    def make() -> tuple[ProjectionSchedule, ...]:
-        geometries = geometries_of(params, strides)
-        return _schedules_of(geometries, tuple(aligned.tolist()), keys, draw_keys, work, itemsize, order)
-
-    what = ("projection", strides, aligned.tobytes(), keys, draw_keys, work, itemsize, order)
-    return remembered([params], what, make)
-
-
 # for plain lists, of which nothing is remembered
 _schedules_of = lru_cache(maxsize=64)(schedules_of)
+_schedules = partial(remembered_schedules, _schedules_of)
 
 
 @lru_cache(maxsize=64)
@@ -288,8 +267,3 @@ def _draw_keys(seed: int, uids: tuple[int, ...]) -> tuple[int, ...]:
 def _transformed(grad: Tensor, transform: GradTransform) -> Tensor:
     """What stands for its projection, in fp32."""
     return read_gradient(grad, transform)[0].clone(memory_format=torch.contiguous_format)
-
-
-def _cut_out(scratch: Tensor, row: np.ndarray, name: str, shape: tuple[int, ...]) -> Tensor:
-    start = int(row[FIELDS.index(name)])
-    return scratch[start : start + math.prod(shape)].view(shape).clone()

@@ -59,19 +59,17 @@ def apollo_update_(
         if pieces is not None:
             whole, sides = piece_sides(shape, pieces.rows[i], rule)
         x = _X(grads[i], sides, rule.conv, transform)
-        projection = projection_of(whole, draw, uids[i], x.grad.device)
-        summed = pieces is not None and whole.projected and not whole.right
-        if pieces is not None and summed:
-            projection = _places_of(projection, pieces.places[i], sides.contracted)
-        projected, squares = x.project(projection)
-        if summed:
+        # where rows are contracted R is a sum over processes
+        place = None if pieces is None or whole.right or not whole.projected else pieces.places[i]
+        projected, squares = x.project(_drawn(whole, draw, uids[i], place, sides.contracted, x.grad.device))
+        if place is not None:
             projected, squares = yield from _summed(projected, squares)
         step = int(steps[i]) + 1
         moments = [x.as_channels(moment) for moment in (exp_avgs[i], exp_avg_sqs[i])]
         values = _moved(projected, moments, rule)
         normalized = values[0] / (values[1].sqrt() + rule.eps)
         # what belongs to rows that are not here is missing
-        partial = pieces is not None and not summed
+        partial = pieces is not None and place is None
         scales, norm_squares, seen = yield from _scales(normalized, projected, squares, rule, partial, whole.right)
         if transform.skip_nonfinite and not sum_is_finite(seen):
             if transform.skipped is not None:
@@ -227,9 +225,12 @@ class _X:
         return g
 
 
-def _places_of(projection: Tensor, place: RowPlace, count: int) -> Tensor:
-    """Return the columns of P that belong to the rows that are here."""
-    index = torch.arange(count, device=projection.device)
+def _drawn(whole: Sides, draw: Draw, uid: int, place: RowPlace | None, count: int, device: torch.device) -> Tensor:
+    """Return P, or given a place the columns of it that belong to the ``count`` rows that are here."""
+    projection = projection_of(whole, draw, uid, device)
+    if place is None:
+        return projection
+    index = torch.arange(count, device=device)
     return projection[:, place.first + index // place.run * place.distance + index % place.run]
 
 

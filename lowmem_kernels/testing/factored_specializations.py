@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton.language as tl
-
 from ..factored.kernels import _confidence_kernel, _factored_kernel
 from ..factored.launch import plan_factored
 from ..factored.schedule import HALF_NARROW, HALF_WIDE, NARROW, WIDE
-from ..table import Layout
 from .aot import CompileCase
+from .case_parts import LAYOUTS, TYPES, case_of
 
-_LAYOUTS = {"aligned": Layout(True, False), "misaligned": Layout(False, False), "strided": Layout(False, True)}
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _COMMON = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
     "found_inf": "*fp32", "sums_ptr": None,
@@ -80,21 +76,12 @@ def _case(
     flags: dict[str, Any],
     warp_size: int,
 ) -> CompileCase:
-    layout = _LAYOUTS[layout_name]
+    layout = LAYOUTS[layout_name]
     wide, narrow = (WIDE, NARROW) if layout.aligned else (HALF_WIDE, HALF_NARROW)
     plan = plan_factored(narrow if flags.get("narrow") else wide, layout, warp_size)
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": _DTYPES[state],
+        "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "STATE": TYPES[state],
         "ALIGNED": layout.aligned, "STRIDED": layout.strided, "STOCHASTIC": False, "SKIP_NONFINITE": True,
         "BLOCK_ROWS": plan.tile.rows, "BLOCK_COLS": plan.tile.cols, **flags,
-        **{argument: None for argument, kind in signature.items() if kind is None},
     }  # fmt: skip
-    present = {argument: kind for argument, kind in signature.items() if kind and argument in kernel.arg_names}
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=present,
-        constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        divisible_by_16=tuple(argument for argument, kind in present.items() if kind.startswith("*")),
-        options={**plan.options(), "enable_fp_fusion": False},
-    )
+    return case_of(name, kernel, signature, constexprs, plan.options())

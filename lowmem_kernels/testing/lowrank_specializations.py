@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import triton.language as tl
-
 from ..lowrank import kernels
 from ..lowrank.checks import Form
 from ..lowrank.launch import MOMENT_BLOCK, PROBLEM_BLOCK, PROBLEM_WARPS, keeps, plan_momentum
 from ..lowrank.rule import MomentumRule
 from ..lowrank.schedule import LEAST_RANK, Kind
-from ..table import Layout
 from .aot import CompileCase
+from .case_parts import LAYOUTS, TYPES, case_of
 
-_LAYOUTS = {"aligned": Layout(True, False), "misaligned": Layout(False, False), "strided": Layout(False, True)}
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _FLOATS = (
     "left_ptr", "right_ptr", "small_ptr", "row_sums_ptr", "col_sums_ptr", "mean_ptr", "partial_ptr", "clip_ptr",
     "found_inf", "inv_scale", "clip_coef",
@@ -39,7 +35,7 @@ def lowrank_cases(warp_size: int) -> Iterator[CompileCase]:
     kernel = kernels._momentum_update_kernel
     low = Form("lowrank", "element")
     for layout, rank in (("aligned", 16), ("aligned", 64), ("strided", 16)):
-        kind = Kind(_LAYOUTS[layout], False, rank)
+        kind = Kind(LAYOUTS[layout], False, rank)
         name = f"bf16-{layout}-{rank}"
         if name == "bf16-aligned-16":
             yield _case(f"row_pass-{name}", kernels._row_pass_kernel, "bf16", kind, low, warp_size)
@@ -50,7 +46,7 @@ def lowrank_cases(warp_size: int) -> Iterator[CompileCase]:
         ("aligned", "full", "rows"),
         ("strided", "full", "rows"),
     ):
-        kind = Kind(_LAYOUTS[layout], second == "rows", 0)
+        kind = Kind(LAYOUTS[layout], second == "rows", 0)
         name = f"momentum_update-bf16-{layout}-{momentum}-{second}"
         yield _case(name, kernel, "bf16", kind, Form(momentum, second), warp_size)
 
@@ -65,7 +61,7 @@ def problem_cases(warp_size: int) -> Iterator[CompileCase]:
         (kernels._group_moments_kernel, LEAST_RANK),
     ):
         name = f"{kernel.__name__.strip('_').removesuffix('_kernel')}-{rank}"
-        yield _case(name, kernel, "fp32", Kind(_LAYOUTS["aligned"], False, rank), form, warp_size)
+        yield _case(name, kernel, "fp32", Kind(LAYOUTS["aligned"], False, rank), form, warp_size)
 
 
 def _case(name: str, kernel: Any, dtype: str, kind: Kind, form: Form, warp_size: int) -> CompileCase:
@@ -74,24 +70,12 @@ def _case(name: str, kernel: Any, dtype: str, kind: Kind, form: Form, warp_size:
     rule = MomentumRule(update_clip=("rms", 1.0) if kind.rank else None)
     signature = {**_SIGNATURE, "clip_rms": "fp32" if kind.rank else None}
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "ALIGNED": kind.layout.aligned,
+        "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "ALIGNED": kind.layout.aligned,
         "STRIDED": kind.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True,
         "LOWRANK": kind.rank > 0, "SUMS": form.second == "factored", "MOMENTUM": form.momentum,
         "SECOND": form.second, "RESIDENT": kind.resident, "KEEP": keeps(form, kind, rule), "WRITE": True,
         "PRECISION": plan.precision, "RANK": kind.rank or LEAST_RANK, "SPAN": plan.span, "BLOCK": MOMENT_BLOCK,
         "BLOCK_M": PROBLEM_BLOCK if problem else plan.block_m, "BLOCK_N": PROBLEM_BLOCK if problem else plan.block_n,
-        **{argument: None for argument, each in signature.items() if each is None},
     }  # fmt: skip
-    present = {argument: each for argument, each in signature.items() if each and argument in kernel.arg_names}
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=present,
-        constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        divisible_by_16=tuple(argument for argument, each in present.items() if each.startswith("*")),
-        options={
-            "num_warps": PROBLEM_WARPS if problem else plan.num_warps,
-            "num_stages": plan.num_stages,
-            "enable_fp_fusion": False,
-        },
-    )
+    options = {"num_warps": PROBLEM_WARPS if problem else plan.num_warps, "num_stages": plan.num_stages}
+    return case_of(name, kernel, signature, constexprs, options)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import Any
 
 import triton.language as tl
@@ -14,14 +13,15 @@ from ..multinorm.rule import NormRule, keeps_elements
 from ..multinorm.schedule import route_of
 from ..schedules import Geometry
 from .aot import CompileCase
+from .case_parts import TYPES, case_of
 
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _SIGNATURE = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
     "found_inf": "*fp32",
     **dict.fromkeys(("segments_start", "rows_start", "first_ticket", "owners", "counters", "sweeps", "pairs"), "i32"),
     **dict.fromkeys(("lr", "update_scale", "weight_decay", "momentum", "one_minus_momentum", "eps"), "fp32"),
-    "row_threshold": "fp32", "scale": "fp32", "inv_scale": "*fp32", "clip_coef": "*fp32",
+    "row_threshold": "fp32", "scale": "fp32", "inv_scale": "*fp32", "clip_value": None,
+    "clip_coef": "*fp32",
 }  # fmt: skip
 _SINKGD = NormRule()
 _TABLE = NormRule(("row", "col") * 5 + ("row",), row_threshold=1e-3, momentum=0.9, nesterov=True)
@@ -58,27 +58,16 @@ def multinorm_cases(warp_size: int) -> Iterator[CompileCase]:
     scales = {"WRITE": False, "STOCHASTIC": False}
     yield _case("multinorm-bf16-scales_only", "bf16", geometry, _SINKGD, warp_size, **scales)
     # rows in several processes
-    pieces = _case("multinorm-bf16-pieces", "bf16", geometry, _SINKGD, warp_size)
-    constexprs = {key: value for key, value in pieces.constexprs.items() if key != "sums_ptr"}
-    signature = {**_SIGNATURE, "sums_ptr": "*fp32"}
-    pointers = (*pieces.divisible_by_16, "sums_ptr")
-    yield replace(pieces, signature=signature, constexprs=constexprs, divisible_by_16=pointers)
+    yield _case("multinorm-bf16-pieces", "bf16", geometry, _SINKGD, warp_size, pieces=True)
 
 
-def sums_case(warp_size: int) -> CompileCase:
+def sums_case() -> CompileCase:
     """Return the specialization that leaves the sums of pieces, apart: it has no tiles."""
     signature = {
         "table_ptr": "*i64", "scratch_ptr": "*fp32", "sums_ptr": "*fp32", "found_inf": "*fp32",
         **dict.fromkeys(("segments_start", "rows_start", "first_ticket"), "i32"),
     }  # fmt: skip
-    return CompileCase(
-        name="multinorm-sums",
-        kernel=_multinorm_sums_kernel,
-        signature=signature,
-        constexprs={"CROSS": True},
-        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
-        options={"num_warps": 4, "enable_fp_fusion": False},
-    )
+    return case_of("multinorm-sums", _multinorm_sums_kernel, signature, {"CROSS": True}, {"num_warps": 4})
 
 
 def whole_case(warp_size: int) -> CompileCase:
@@ -86,22 +75,17 @@ def whole_case(warp_size: int) -> CompileCase:
     return _case("multinorm-bf16-whole", "bf16", Geometry((64, 128), None), _TABLE, warp_size)
 
 
-def _case(name: str, dtype: str, geometry: Geometry, rule: NormRule, warp_size: int, **flags: Any) -> CompileCase:
+def _case(
+    name: str, dtype: str, geometry: Geometry, rule: NormRule, warp_size: int, pieces: bool = False, **flags: Any
+) -> CompileCase:
     route = route_of(geometry, True, rule)
     arguments = rule_arguments(rule, route)
     momentum = "none" if not rule.momentum else "after" if rule.momentum_after else "before"
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
+        "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
         "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True, "MOMENTUM": momentum,
         "NESTEROV": rule.nesterov, "GIVEN": False, "OFFSETS": False, "KEEP": keeps_elements(rule), "WRITE": True,
-        "clip_value": None, "sums_ptr": None,
         **{key: value for key, value in arguments.items() if key.isupper()}, **flags,
     }  # fmt: skip
-    return CompileCase(
-        name=name,
-        kernel=_multinorm_kernel,
-        signature=_SIGNATURE,
-        constexprs=constexprs,
-        divisible_by_16=tuple(argument for argument, kind in _SIGNATURE.items() if kind.startswith("*")),
-        options={**plan_multinorm(route, warp_size).options(), "enable_fp_fusion": False},
-    )
+    signature = {**_SIGNATURE, "sums_ptr": "*fp32" if pieces else None}
+    return case_of(name, _multinorm_kernel, signature, constexprs, plan_multinorm(route, warp_size).options())

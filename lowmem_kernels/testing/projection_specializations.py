@@ -13,8 +13,8 @@ from ..projection.launch import plan_projection, route_arguments
 from ..projection.schedule import Work, route_of
 from ..schedules import Geometry
 from .aot import CompileCase
+from .case_parts import TYPES, case_of
 
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _SIGNATURE = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "scratch_ptr": "*fp32", "counters_ptr": "*i32", "skipped_ptr": "*i64",
     "found_inf": "*fp32",
@@ -23,7 +23,7 @@ _SIGNATURE = {
     "epoch": "*i64",
     **dict.fromkeys(("lr", "weight_decay", "one_minus_beta1", "one_minus_beta2", "log_beta1", "log_beta2"), "fp32"),
     **dict.fromkeys(("eps", "projected_scale", "root_scale", "growth_limit", "scale"), "fp32"),
-    "inv_scale": "*fp32", "clip_coef": "*fp32",
+    "inv_scale": "*fp32", "clip_value": None, "clip_coef": "*fp32",
 }  # fmt: skip
 _ALL = (0, 1, 2)
 
@@ -55,29 +55,17 @@ def projection_cases(warp_size: int) -> Iterator[CompileCase]:
         # compiled on a CPU, where plans are for the interpreter
         operand = tl.bfloat16 if narrow else tl.float32
         constexprs: dict[str, Any] = {
-            "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
+            "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
             "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True,
-            "TENSOR": rank == 1, "LIMIT": True, "clip_value": None,
+            "TENSOR": rank == 1, "LIMIT": True,
             **{key: value for key, value in arguments.items() if key.isupper()}, "OPERAND": operand,
         }  # fmt: skip
-        yield CompileCase(
-            name=name,
-            kernel=_apollo_kernel,
-            signature=_SIGNATURE,
-            constexprs=constexprs,
-            divisible_by_16=tuple(argument for argument, kind in _SIGNATURE.items() if kind.startswith("*")),
-            options={**plan.options(), "enable_fp_fusion": False},
-        )
+        yield case_of(name, _apollo_kernel, _SIGNATURE, constexprs, plan.options())
 
 
 def draw_case() -> CompileCase:
     """Return the specialization of the kernel that draws projections, which has no loop over elements to report."""
     pointers = {"projection_ptr": "*bf16", "drawn_ptr": "*i64", "epoch": "*i64"}
-    return CompileCase(
-        name="projection-bf16-aligned",
-        kernel=_projection_kernel,
-        signature={**pointers, "key": "i64", "length": "i32", "tag": "i32"},
-        constexprs={"SIGNS": False, "BLOCK": DRAW_BLOCK},
-        divisible_by_16=tuple(pointers),
-        options={"num_warps": DRAW_WARPS, "enable_fp_fusion": False},
-    )
+    signature = {**pointers, "key": "i64", "length": "i32", "tag": "i32"}
+    constexprs = {"SIGNS": False, "BLOCK": DRAW_BLOCK}
+    return case_of("projection-bf16-aligned", _projection_kernel, signature, constexprs, {"num_warps": DRAW_WARPS})

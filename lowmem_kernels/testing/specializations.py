@@ -6,22 +6,17 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-import triton.language as tl
-
 from ..elementwise import kernels as elementwise
 from ..elementwise.launch import STATS_PROGRAMS, plan_elementwise
 from ..table import Layout
 from .aot import CompileCase
+from .case_parts import LAYOUTS, TYPES, case_of
 from .factored_specializations import factored_cases
 from .lowrank_specializations import lowrank_cases
 from .multinorm_specializations import multinorm_cases
 from .projection_specializations import projection_cases
 from .whitening_specializations import whitening_cases
 
-ALIGNED, MISALIGNED, STRIDED = Layout(True, False), Layout(False, False), Layout(False, True)
-LAYOUTS = {"aligned": ALIGNED, "misaligned": MISALIGNED, "strided": STRIDED}
-
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _LONG_TILE = 16384
 _TABLE = {"table_ptr": "*i64", "counter_ptr": "*i32", "rows": "i32"}
 _TRANSFORM = {"scale": "fp32", "inv_scale": "*fp32", "clip_coef": "*fp32", "found_inf": "*fp32", "skipped_ptr": "*i64"}
@@ -56,11 +51,11 @@ def _adamw_cases() -> Iterator[CompileCase]:
         ("bf16", "fp32", "strided", True),
         ("fp32", "fp32", "strided", False),
     ):
-        flags = {"STATE": _DTYPES[state], "STOCHASTIC": stochastic, "clip_value": None}
+        flags = {"STATE": TYPES[state], "STOCHASTIC": stochastic, "clip_value": None}
         name = f"adamw-{param}-state_{state}-{layout}-{'stochastic' if stochastic else 'nearest'}"
         yield _case(name, elementwise._adamw_kernel, signature, param, layout, flags)
     for name, digits in (("range", 1), ("pieces", 2)):
-        flags = {"STATE": _DTYPES["fp32"], "STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
+        flags = {"STATE": TYPES["fp32"], "STOCHASTIC": True, "DIGITS": digits, "clip_value": None}
         name = f"adamw-bf16-state_fp32-{name}_of_whole"
         yield _case(name, elementwise._adamw_kernel, signature, "bf16", "aligned", flags)
 
@@ -108,17 +103,10 @@ def _case(
     name: str, kernel: Any, signature: dict[str, str], dtype: str, layout: str, flags: dict[str, Any]
 ) -> CompileCase:
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "SKIP_NONFINITE": True, "DIGITS": 0,
+        "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "SKIP_NONFINITE": True, "DIGITS": 0,
         "ALIGNED": LAYOUTS[layout].aligned, "STRIDED": LAYOUTS[layout].strided, **flags,
     }  # fmt: skip
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=signature,
-        constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        divisible_by_16=tuple(argument for argument, kind in signature.items() if kind.startswith("*")),
-        options={"enable_fp_fusion": False},
-    )
+    return case_of(name, kernel, signature, constexprs, {})
 
 
 def _planned(case: CompileCase, warp_size: int) -> CompileCase:

@@ -7,14 +7,12 @@ from typing import Any
 
 import triton.language as tl
 
-from ..table import Layout
 from ..whitening import kernels
 from ..whitening.launch import ADVANCE_BLOCK, STATS_WARPS, plan_products
 from ..whitening.schedule import STATS_COLS, STATS_ROWS
 from .aot import CompileCase
+from .case_parts import LAYOUTS, TYPES, case_of
 
-_LAYOUTS = {"aligned": Layout(True, False), "misaligned": Layout(False, False), "strided": Layout(False, True)}
-_DTYPES = {"bf16": tl.bfloat16, "fp16": tl.float16, "fp32": tl.float32}
 _POINTERS = {
     "table_ptr": "*i64", "addresses_ptr": "*i64", "stats_ptr": "*fp32", "bad_ptr": "*i32", "gram_ptr": "*fp32",
     "root_ptr": "*fp32", "inverse_ptr": "*fp32", "found_inf": "*fp32", "skipped_ptr": "*i64",
@@ -50,7 +48,7 @@ def whitening_cases(warp_size: int) -> Iterator[CompileCase]:
             ("bf16", "misaligned", 64, True),
             ("bf16", "strided", 64, True),
         ):
-            plan = plan_products(block, exact, _LAYOUTS[layout], warp_size)
+            plan = plan_products(block, exact, LAYOUTS[layout], warp_size)
             # in the order of a tile's rows and columns, by which loops.py knows the loads of a loop
             sides = {"BLOCK": block, "BLOCK_K": plan.block_k}
             constexprs = dict(reversed(sides.items())) if side == "right" else dict(sides)
@@ -82,22 +80,10 @@ def _case(
     constexprs: dict[str, Any],
     options: dict[str, Any],
 ) -> CompileCase:
-    layout = _LAYOUTS[layout_name]
+    layout = LAYOUTS[layout_name]
     constexprs = {
-        "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "ALIGNED": layout.aligned, "STRIDED": layout.strided,
+        "PARAM": TYPES[dtype], "GRAD": TYPES[dtype], "ALIGNED": layout.aligned, "STRIDED": layout.strided,
         "SKIP_NONFINITE": True, **constexprs,
-        **{argument: None for argument, kind in signature.items() if kind is None},
     }  # fmt: skip
-    present = {argument: kind for argument, kind in signature.items() if kind and argument in kernel.arg_names}
     # where rows of p are whole vectors, so is the side of a Gram matrix of typical weights
-    divisible = {argument for argument, kind in present.items() if kind.startswith("*")} | (
-        {"size"} if layout.aligned and "size" in present else set()
-    )
-    return CompileCase(
-        name=name,
-        kernel=kernel,
-        signature=present,
-        constexprs={key: value for key, value in constexprs.items() if key in kernel.arg_names},
-        divisible_by_16=tuple(argument for argument in present if argument in divisible),
-        options={**options, "enable_fp_fusion": False},
-    )
+    return case_of(name, kernel, signature, constexprs, options, ("size",) if layout.aligned else ())

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..arguments import device_scalar, taken_by, update_arguments
 from ..device import device_facts, launching_on
 from ..options import GradTransform, Rounding
-from ..schedules import geometries_of
-from ..table import Layout, addresses, starts_aligned, strides_of, uploaded
-from ..tensors import remembered
+from ..schedules import remembered_schedules
+from ..table import Layout, addresses, starts_aligned, uploaded
 from .kernels import _advance_kernel, _gram_kernel, _row_stats_kernel, _whiten_apply_kernel
 from .rule import WhiteningRule
 from .schedule import STATS_COLS, STATS_ROWS, Group, Schedule, schedules_of
@@ -152,24 +150,14 @@ def _schedules(
     """(schedule, its table, its addresses on the device) of each layout that occurs."""
     where = addresses([params, grads, steps])
     aligned = starts_aligned(where[:, :2])
-    strides = strides_of(params, grads)
-
-    def make() -> tuple[Schedule, ...]:
-        return _schedules_of(geometries_of(params, strides), tuple(aligned.tolist()), keys, rule.conv)
-
     return [
         (
             schedule,
             uploaded(params, schedule, schedule.values),
-            uploaded(params, (schedule, "addresses"), _rows(where, schedule)),
+            uploaded(params, (schedule, "addresses"), where[schedule.members].ravel()),
         )
-        for schedule in remembered([params], ("whitening", strides, aligned.tobytes(), keys, rule.conv), make)
+        for schedule in remembered_schedules(_schedules_of, params, grads, aligned, keys, rule.conv)
     ]
-
-
-def _rows(where: np.ndarray, schedule: Schedule) -> np.ndarray:
-    rows: np.ndarray = where[schedule.members].ravel()
-    return rows
 
 
 # for plain lists, of which nothing is remembered

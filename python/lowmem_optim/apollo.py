@@ -226,6 +226,7 @@ class APOLLOMini(APOLLO):
     Args:
         params, lr, scale, update_proj_gap, proj_type, betas, eps, weight_decay, disable_nl, state_dtype: as in
             `APOLLO`. The scale of 128 is the authors'; they take larger ones for larger models.
+        source: "gaussian" or "torch"; signs need rank 8.
         **options: see RoutedOptions.
 
     State: as `APOLLO`.

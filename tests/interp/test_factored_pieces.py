@@ -9,6 +9,7 @@ from factored_pieces import (
     each_cut,
     each_dialect,
 )
+from pieces import each_bad
 
 
 @each_dialect
@@ -24,8 +25,6 @@ def test_noise_is_that_of_the_whole(dialect, rows, shapes):
 
 
 @each_dialect
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
+@each_bad
 def test_bad_rows_stop_all(dialect, transform, bad):
-    """Of which a clamp would hide an Inf."""
     assert_bad_rows_stop_all(dialect, bad, "triton", **transform)

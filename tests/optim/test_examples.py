@@ -59,7 +59,7 @@ def mean(losses):
 @pytest.mark.parametrize("path", ENTRIES, ids=lambda path: path.name)
 def test_every_example_has_a_test_and_a_row_in_the_readme(path):
     assert f"test_{path.stem}" in globals()
-    assert f"[{path.stem}]({path.name})" in (EXAMPLES / "README.md").read_text()
+    assert f"[{path.stem}]({path.name}" in (EXAMPLES / "README.md").read_text()
     assert any(script.is_relative_to(path) for script in SCRIPTS)
 
 

@@ -12,6 +12,7 @@ from factored_pieces import (
 )
 from lowmem_kernels.factored import FactoredRule, factored_update_
 from lowmem_kernels.pieces import RowPieces, RowPlace
+from pieces import each_bad
 
 
 @each_dialect
@@ -27,10 +28,8 @@ def test_noise_is_that_of_the_whole(dialect, rows, shapes):
 
 
 @each_dialect
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("transform", [{}, {"clip_value": 0.5}], ids=["plain", "clipped"])
+@each_bad
 def test_bad_rows_stop_all(dialect, transform, bad):
-    """Of which a clamp would hide an Inf."""
     assert_bad_rows_stop_all(dialect, bad, "torch", **transform)
 
 

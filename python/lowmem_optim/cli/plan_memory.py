@@ -17,8 +17,6 @@ from lowmem_optim.cli.plan_scratch import scratch_bytes
 from lowmem_optim.cli.registry import Choice
 from lowmem_optim.fused_groups import GradientGroups
 
-SHARDINGS = ("none", "ddp", "fsdp2")
-
 #: What a row is made of, in the order of tables.
 PARTS = ("parameters", "gradients", "state", "temporaries", "activations", "communication")
 
