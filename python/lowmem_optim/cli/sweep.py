@@ -57,7 +57,7 @@ def grids(runs: list[Run]) -> list[Grid]:
     found = []
     for best in best_of_each(runs):
         cells = {(r.settings[row], r.settings[column]): r for r in runs if r.optimizer == best.optimizer}
-        found.append(Grid(f"{best.optimizer}: validation loss, nats/byte", row, column, cells, [best]))
+        found.append(Grid(f"validation loss of {best.optimizer}, nats/byte", row, column, cells, [best]))
     return found
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from lowmem_optim.cli import loop, sweep
+from lowmem_optim.cli import checkpoints, loop, sweep
 from lowmem_optim.cli.files import make_folder
 from lowmem_optim.cli.plot import draw
 from lowmem_optim.cli.processes import RefusedError, device_of, hearing, run_in
@@ -51,6 +51,9 @@ def _train_all(training: Training, folder: Path, console: Console, asked_to_stop
     with Display(console, config.steps) as display:
         for choice in training.choices:
             own = make_folder(folder / choice.label.replace(" ", "-").replace("/", "-"))
+            if checkpoint := checkpoints.latest(own):
+                done = checkpoints.read_run(checkpoint).steps_taken
+                console.print(f"{choice.label}  {done} of {config.steps} steps are done", highlight=False, markup=False)
             run = loop.train(choice, config, training.text, display.show, asked_to_stop, own)
             runs.append(run)
             if run.status == "diverged":
