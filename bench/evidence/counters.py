@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from skipping import skip
+from running import REPO, skip
 
-REPO = Path(__file__).parent.parent.parent
 READER = REPO / "bench" / "nsight" / "kernel_bytes.py"
 PROFILE = REPO / "python" / "lowmem_optim" / "cli" / "profile.py"
 OPTIMIZERS = (
