@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from lowmem_optim.cli import registry
+from lowmem_optim.cli.data import load_text
 from lowmem_optim.cli.plan_memory import Setting, plan
 
 BENCH = Path(__file__).parent.parent.parent / "bench"
@@ -87,6 +88,31 @@ def test_without_updates_nothing_moves_and_no_gradient_stays(script, trainer):
     made.optimizer.param_groups[0]["lr"] = 1.0
     made.step(1, headline.DRY_SEQUENCE)
     assert not any(torch.equal(old, new) for old, new in zip(before[:1], made.params, strict=False))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("name", ["AdaLomo", "APOLLO", "SinkGD"])
+def test_memory_that_ends_in_the_middle_of_a_backward_pass(script, trainer, name, fused):
+    """The next step is one as any other: all parameters move, and no gradient is left."""
+    headline = script("headline")
+    made = trainer(headline.Configuration(name, name, {}, fused=fused))
+    made.step(1, headline.DRY_SEQUENCE)
+
+    def ends(grad):
+        raise torch.OutOfMemoryError("none left")
+
+    hook = made.params[len(made.params) // 2].register_hook(ends)
+    with pytest.raises(torch.OutOfMemoryError):
+        made.step(1, headline.DRY_SEQUENCE)
+    hook.remove()
+    made.resume()
+    assert all(param.grad is None for param in made.params)
+    for group in made.optimizer.param_groups:
+        group["lr"] = 0.1
+    before = [param.detach().clone() for param in made.params]
+    made.step(1, headline.DRY_SEQUENCE)
+    assert not any(torch.equal(old, new) for old, new in zip(before, made.params, strict=True))
+    assert all(param.grad is None for param in made.params)
 
 
 class Pretended:
@@ -249,39 +275,84 @@ def test_steps_are_as_many_as_fit(script):
     assert training.steps_in(50.0, 15.0, 1.0, 7) == training.LEAST_STEPS
 
 
+def test_links_to_python_files_are_a_text(script, tmp_path):
+    script("training").corpus(tmp_path / "text", Path(torch.__file__).parent / "optim")
+    text = load_text(tmp_path / "text", 512)
+    files = [*(Path(torch.__file__).parent / "optim").rglob("*.py")]
+    assert text.files == len([file for file in files if file.stat().st_size]) > 10
+    assert len(text.training) + len(text.validation) == sum(file.stat().st_size for file in files)
+
+
+#: Stands for `lowmem train`: writes a record of one run and a checkpoint, and may fail before or after.
+TRAIN = """
+import json, pathlib, sys
+name, steps, out = sys.argv[1:]
+if name == "Adafactor":
+    1 / 0
+run = {"optimizer": name, "status": "diverged", "training_loss": [1.0, 2.0], "tokens_per_step": 8, "parameters": 5}
+run |= {"settings": {"stochastic_rounding": "True"}, "step_ms": [500.0, 50.0, 50.0], "wall_seconds": 1.0}
+run |= {"figures": {"step_ms": 3.0}, "validation_loss": [[1, 2.5]], "steps": steps}
+folder = pathlib.Path(out)
+(folder / "step-2").mkdir(parents=True)
+(folder / "record.json").write_text(json.dumps({"runs": [run]}))
+if name == "SinkGD":
+    1 / 0
+"""
+
+
 def test_a_training_that_fails_is_reported_and_stops_nothing(script, monkeypatch, tmp_path):
     training = script("training")
+    asked = {}
 
     def command(recipe, steps, model, text, device, out, trial=False):
-        assert len([*text.rglob("*.py")]) > 10
-        run = {"settings": {"stochastic_rounding": "True"}, "status": "diverged", "training_loss": [1.0, 2.0]}
-        run |= {"optimizer": recipe.optimizer, "tokens_per_step": 8, "parameters": 5, "wall_seconds": 1.0}
-        run |= {"figures": {"step_ms": 3.0}, "validation_loss": [[1, 2.5]]}
-        code = f"""
-import json, pathlib
-folder = pathlib.Path({str(out)!r})
-(folder / "step-2").mkdir(parents=True)
-(folder / "record.json").write_text(json.dumps({{"runs": [{run!r}]}}))
-{"1 / 0" if recipe.optimizer == "AdamW" else ""}
-"""
-        return (sys.executable, "-c", "1 / 0" if recipe.optimizer == "Adafactor" else code)
+        asked["trial" if trial else recipe.optimizer] = steps
+        return (sys.executable, "-c", TRAIN, recipe.optimizer, str(steps), str(out))
 
+    names = ["AdamW", "Adafactor", "SinkGD", "AdaPM"]
     monkeypatch.setattr(training, "train_command", command)
-    # the dry run takes the third
-    recipes = [training.Recipe(name, 1.0, "here") for name in ("Adafactor", "AdamW", "AdaPM")]
-    chosen = type("Recipes", (list,), {"__getitem__": lambda self, key: recipes})(training.RECIPES)
-    monkeypatch.setattr(training, "RECIPES", chosen)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    with pytest.raises(RuntimeError, match=r"^Adafactor, AdamW, AdaPM: see"):
-        training.main(tmp_path, seconds=60.0, dry_run=True)
-    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
-    statuses = [(row["optimizer"], row["stochastic_rounding"], row["status"]) for row in rows]
-    assert statuses[:2] == [("Adafactor", "True", "failed"), ("Adafactor", "False", "failed")]
-    assert statuses[2:4] == [("AdamW", "True", "diverged"), ("AdamW", "False", "failed")]
-    assert "ZeroDivisionError" in rows[0]["reason"]
-    assert "ZeroDivisionError" in rows[3]["reason"]
-    assert (rows[4]["steps"], rows[4]["tokens"], rows[4]["step_ms"], rows[5]["reason"]) == (2, 16, 3.0, "no record")
+    monkeypatch.setattr(training, "corpus", lambda folder, root: None)
+    monkeypatch.setattr(training, "environment", lambda device: {})
+    monkeypatch.setattr(training, "RECIPES", [training.Recipe(name, 1.0, "here") for name in names])
+    with pytest.raises(RuntimeError, match=r"^AdamW, Adafactor, SinkGD, AdaPM: see"):
+        training.main(tmp_path, seconds=100.0)
+    record = json.loads((tmp_path / "training.json").read_text())
+    # 8 runs with a step of 50 ms and a margin of 0.35, less what processes take beside
+    assert 100 < record["steps"] <= 180
+    assert asked == {"trial": training.TRIAL_STEPS, **dict.fromkeys(names, record["steps"])}
+    rows = {(row["optimizer"], row["stochastic_rounding"]): row for row in record["rows"]}
+    assert [key[0] for key in rows] == [name for name in names for _ in range(2)]
+    assert {rows["Adafactor", rounding]["status"] for rounding in ("True", "False")} == {"failed"}
+    assert "ZeroDivisionError" in rows["Adafactor", "True"]["reason"]
+    for name in ("AdamW", "SinkGD", "AdaPM"):
+        row = rows[name, "True"]
+        assert (row["status"], row["reason"], row["steps"], row["tokens"]) == ("diverged", "", 2, 16)
+        assert rows[name, "False"]["status"] == "failed"
+    assert "ZeroDivisionError" in rows["SinkGD", "False"]["reason"]
+    assert rows["AdaPM", "False"]["reason"] == "no record"
     assert [path.name for path in (tmp_path / "training" / "AdamW").iterdir()] == ["record.json"]
+
+
+def test_a_trial_that_fails_says_why(script, monkeypatch, tmp_path):
+    training = script("training")
+    monkeypatch.setattr(training, "train_command", lambda *_, **__: (sys.executable, "-c", "1 / 0"))
+    monkeypatch.setattr(training, "corpus", lambda folder, root: None)
+    with pytest.raises(RuntimeError, match="the trial with AdamW failed, exit code 1: ZeroDivisionError"):
+        training.main(tmp_path, seconds=100.0)
+
+
+def test_what_takes_too_long_may_end_by_itself(script, tmp_path):
+    """`lowmem train` writes what it has when it gets SIGTERM."""
+    running = script("running")
+    code = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("asked to stop", flush=True), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+    section = running.Section("slow", "", (sys.executable, "-c", code), 0)
+    outcome = running.run_section(section, tmp_path, 3.0, inside=True, grace=10.0)
+    assert (outcome.status, outcome.reason) == ("failed", "not done after 3 s")
+    assert (tmp_path / "slow.log").read_text().endswith("ready\nasked to stop\n")
 
 
 # memcheck
