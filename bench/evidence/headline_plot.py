@@ -33,11 +33,14 @@ def draw(path: Path, rows: Sequence[dict[str, Any]], title: str) -> None:
         places, [row["largest_tokens_per_s"] or 0 for row in rows], color=COLORS[2], label="largest batch"
     )
     speed.bar_label(bars, [_sequences(row) for row in rows], padding=4, fontsize=8)
-    speed.plot([row["tokens_per_s"] or 0 for row in rows], places, "|", color=COLORS[3], markersize=14, label="one")
+    speed.plot(
+        [row["tokens_per_s"] or 0 for row in rows], places, "|", color=COLORS[1], markersize=14, mew=2, label="one"
+    )
     speed.set_xlabel("tokens a second")
     for axes in (memory, speed):
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(fontsize=8, frameon=False)
+        # above the bars, which may fill everything else
+        axes.legend(fontsize=8, frameon=False, ncols=2, loc="lower right", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=130, format="png")
 
 
