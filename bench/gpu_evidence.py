@@ -1,6 +1,8 @@
-"""Everything that is to be known about the kernels on a GPU, by one command, in one folder, in under nine minutes.
+"""Everything that is to be known about the kernels on a GPU, each call one folder and under nine minutes.
 
     python bench/gpu_evidence.py                       # bench/results/gpu-<device>-<date>
+    python bench/gpu_evidence.py --only headline       # training of Llama 7B: gpu-<device>-<date>-headline
+    python bench/gpu_evidence.py --only training       # a short real training: gpu-<device>-<date>-training
     python bench/gpu_evidence.py --dry-run --out DIR   # all of it on a CPU in tiny sizes: does it work?
 
 Each section is a process of its own with a time limit, so that what crashes, hangs or takes all memory stops nothing
@@ -10,54 +12,28 @@ else. See docs/gpu-evidence.md.
 from __future__ import annotations
 
 import json
-import os
 import re
-import shlex
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
-from evidence.skipping import SKIPPED
+from evidence.running import EVIDENCE, REPO, Outcome, Section, run_section, shown
 
-REPO = Path(__file__).parent.parent
-EVIDENCE = REPO / "bench" / "evidence"
 #: Seconds for all sections; what has not begun by then is left out.
 TOTAL_SECONDS = 530.0
-NOT_IN_A_DRY_RUN = ("compile", "bench-gpt2", "bench-llama-1b")
+NOT_IN_A_DRY_RUN = ("compile", "bench-gpt2", "bench-llama-1b", "bench-layer")
+#: Seconds for what takes a call of its own, and of them for its own work.
+ALONE_SECONDS, WORK_SECONDS = 525.0, 505.0
 #: With less time left than this a section is not begun.
 LEAST_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Section:
-    """A command whose output goes to ``<name>.log`` and whose files go to the folder, and the seconds it may take."""
-
-    name: str
-    what: str
-    command: tuple[str, ...]
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """How a section ended: "passed", "failed" or "skipped", why if it did not pass, and the seconds it took."""
-
-    name: str
-    what: str
-    status: str
-    reason: str
-    seconds: float
-    command: str
 
 
 def sections(out: Path, dry_run: bool) -> list[Section]:
@@ -72,6 +48,8 @@ def sections(out: Path, dry_run: bool) -> list[Section]:
         ("llama-1b", "Llama 1B"),
         ("llama-7b", "Llama 7B, ours and torch's fused AdamW", "--one-by-one"),
     ]
+    layer = ("--model", "llama-1b", "--layers", "1")
+    work = ("--seconds", WORK_SECONDS)
     tiny = ("--steps", "2", "--layers", "1", "-o", "Lomo") if dry_run else ()
     host = (sys.executable, str(REPO / "bench" / "host_cost.py"), "--out", str(out / "host_cost.json"), *tiny)
     found = [
@@ -84,59 +62,17 @@ def sections(out: Path, dry_run: bool) -> list[Section]:
             for model, what, *how in benched
         ),
         Section("counters", "bytes at DRAM by Nsight Compute, against the formula", script("counters"), 90),
+        Section("memcheck", "every optimizer's step over odd shapes, in compute-sanitizer", script("memcheck"), 90),
+        # torch.compile takes five seconds for each tensor, so this is the one place where Adafactor is compiled
+        Section("bench-layer", "lowmem bench, a layer of Llama 1B", script("model_bench", *layer), 120),
         Section("host", "host time of a step over 291 tensors, by a driver that launches nothing", host, 75),
+        Section(
+            "headline", "training of Llama 7B: what fits, how fast", script("headline", *work), ALONE_SECONDS, True
+        ),
+        Section("training", "60M parameters on real text", script("training", *work), ALONE_SECONDS, True),
     ]
     # on a CPU there is nothing to compile, and models differ in nothing
     return [section for section in found if not (dry_run and section.name in NOT_IN_A_DRY_RUN)]
-
-
-def run_section(section: Section, out: Path, seconds: float) -> Outcome:
-    """Run a section for so many seconds at most; whatever goes wrong is an outcome."""
-    log = out / f"{section.name}.log"
-    command = shown(section.command)
-    start = time.monotonic()
-    with log.open("w", encoding="utf-8") as file:
-        file.write(f"$ {command}\n")
-        file.flush()
-        # a session of its own, so that all of its processes can be ended
-        process = subprocess.Popen(
-            section.command, cwd=REPO, env=environment(), stdout=file, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        try:
-            code: int | None = process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            code = None
-        finally:
-            end_session(process)
-    took = time.monotonic() - start
-    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-    last = lines[-1].strip()
-    if code == 0:
-        status, reason = "passed", ""
-    elif code is None:
-        status, reason = "failed", f"not done after {seconds:.0f} s"
-    else:
-        status, reason = ("skipped", last) if code == SKIPPED else ("failed", f"exit code {code}: {last}")
-    return Outcome(section.name, section.what, status, reason, round(took, 1), command)
-
-
-def shown(command: Sequence[str]) -> str:
-    """Return a command as one would type it in the checkout, wherever that is."""
-    here = ["python" if word == sys.executable else word.removeprefix(f"{REPO}{os.sep}") for word in command]
-    return shlex.join(here)
-
-
-def end_session(process: subprocess.Popen[bytes]) -> None:
-    """End a process, and those it has started, unless all are gone."""
-    with suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def environment() -> dict[str, str]:
-    """Return the environment of sections: the checkout's packages, installed or not, and what scripts share."""
-    paths = [str(REPO), str(REPO / "python"), str(REPO / "bench"), os.environ.get("PYTHONPATH", "")]
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
 
 
 def run_all(
@@ -220,12 +156,12 @@ def cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", "; ")[:300]
 
 
-def default_folder(dry_run: bool) -> Path:
-    """Return the folder for this device and day."""
+def default_folder(dry_run: bool, only: Sequence[str] = ()) -> Path:
+    """Return the folder for this device, day and choice of sections."""
     if dry_run or not torch.cuda.is_available():
         return REPO / "runs" / "gpu-evidence-dry-run"
     device = re.sub(r"[^a-z0-9]+", "-", torch.cuda.get_device_name().lower()).strip("-")
-    return REPO / "bench" / "results" / f"gpu-{device}-{datetime.now(timezone.utc):%Y-%m-%d}"
+    return REPO / "bench" / "results" / "-".join(["gpu", device, f"{datetime.now(timezone.utc):%Y-%m-%d}", *only])
 
 
 def main(
@@ -237,12 +173,14 @@ def main(
     """Run the tests and measurements that need a GPU, and write what came of them into one folder."""
     if not dry_run and not torch.cuda.is_available():
         raise typer.BadParameter("there is no GPU here; --dry-run tries everything on a CPU")
-    folder = (out or default_folder(dry_run)).resolve()
+    folder = (out or default_folder(dry_run, only or ())).resolve()
     chosen = sections(folder, dry_run)
     names = [section.name for section in chosen]
     if unknown := set(only or ()) - set(names):
         raise typer.BadParameter(f"{sorted(unknown)[0]!r} is not a section; allowed: {', '.join(names)}")
-    chosen = [section for section in chosen if section.name in (only or names)]
+    # a dry run has time for everything
+    wanted = only or [section.name for section in chosen if dry_run or not section.alone]
+    chosen = [section for section in chosen if section.name in wanted]
     outcomes = run_all(chosen, folder, seconds, print, together=2 if dry_run else 1)
     print(folder / "summary.md")
     if any(outcome.status == "failed" for outcome in outcomes):

@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from skipping import skip
+from running import REPO, skip
 
-REPO = Path(__file__).parent.parent.parent
 READER = REPO / "bench" / "nsight" / "kernel_bytes.py"
 PROFILE = REPO / "python" / "lowmem_optim" / "cli" / "profile.py"
 OPTIMIZERS = (
     *("AdaLomo", "Adafactor", "TorchAdafactor", "CAME", "SinkGD", "APOLLO", "APOLLOMini", "AdamW", "Lomo", "AdaPM"),
-    "AdamMini",
+    *("AdamMini", "SWAN"),
 )
 METRICS = "dram__bytes_read.sum,dram__bytes_write.sum,lts__t_bytes.sum"
 #: Seconds for one optimizer, of which most go into starting ncu, and compiling.

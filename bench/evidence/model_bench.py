@@ -1,6 +1,7 @@
 """The table of `lowmem bench` for one model, on a GPU with all contenders or with those that fit, one by one.
 
-`gpu_evidence.py` runs this. It writes <model>-bf16.csv, and the table goes to the log.
+`gpu_evidence.py` runs this. It writes <model>-bf16.csv or <model>-<layers>-layers-bf16.csv, and the table goes to the
+log.
 """
 
 from __future__ import annotations
@@ -57,20 +58,23 @@ def main(
     one: Annotated[
         bool, typer.Option("--one-by-one", help="Ours and torch's fused AdamW, one after the other.")
     ] = False,
+    layers: Annotated[int | None, typer.Option(help="Only the first of its layers.", min=1)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="A tiny model on a CPU instead.")] = False,
 ) -> None:
     """Time optimizer steps over the parameters of a model in bf16."""
     torch.set_num_threads(1)
     device, rounds, taken = DEVICES[dry_run], 2 if dry_run else 30, TINY if dry_run else model
-    shapes = shapes_of(taken)
+    shapes = shapes_of(taken, layers)
     count, around = parameter_count(shapes), environment(device.type)
-    command = f"python bench/evidence/model_bench.py --model {model}{' --one-by-one' * one}"
-    circumstances = {"model": taken, "layers": layers_of(taken), "tensors": len(shapes), "parameters": count}
+    first = f" --layers {layers}" if layers else ""
+    command = f"python bench/evidence/model_bench.py --model {model}{' --one-by-one' * one}{first}"
+    name = f"{model}{f'-{layers}-layers' if layers else ''}-bf16"
+    circumstances = {"model": taken, "layers": layers or layers_of(taken), "tensors": len(shapes), "parameters": count}
     circumstances |= {"dtype": "bf16", "rounds": rounds, **around, "command": command}
     names = ["AdamW", "Lomo"] if dry_run else []
     rows: list[Row] = []
     groups = (one_by_one if one else all_at_once)(names)
-    if taken not in SMALL:
+    if taken not in SMALL and not layers:
         groups = [[each for each in group if not each.name.startswith(SLOW)] for group in groups]
     for group in filter(None, groups):
         # of several copies the last one stays; they are the same work on the same device
@@ -78,7 +82,7 @@ def main(
         copies = [row for row in found if row.kind == "copy"] or [row for row in rows if row.kind == "copy"]
         rows = [*copies, *(row for row in rows + found if row.kind != "copy")]
         if copies:
-            bench_rows.write_csv(out / f"{model}-bf16.csv", rows, count, circumstances)
+            bench_rows.write_csv(out / f"{name}.csv", rows, count, circumstances)
     if not rows or rows[0].kind != "copy":
         raise RuntimeError("not enough memory for one contender")
     title = f"{taken}: {count / 1e6:,.1f} M parameters in {len(shapes)} tensors, bf16, {around['device']}"

@@ -41,11 +41,11 @@ def test_a_dry_run_leaves_everything_in_its_folder(tmp_path):
 
     record = json.loads((tmp_path / "summary.json").read_text())
     statuses = {section["name"]: section["status"] for section in record["sections"]}
-    ran = ("tests", "ceilings", "orders", "bench-llama-7b", "host")
-    assert statuses == {**dict.fromkeys(ran, "passed"), "counters": "skipped"}
+    ran = ("tests", "ceilings", "orders", "bench-llama-7b", "host", "headline", "training")
+    assert statuses == {**dict.fromkeys(ran, "passed"), "counters": "skipped", "memcheck": "skipped"}
     assert {"torch", "triton", "git_commit", "device", "gpu", "command"} <= record["circumstances"].keys()
     summary = (tmp_path / "summary.md").read_text()
-    assert "5 passed, 0 failed, 1 skipped" in summary
+    assert "7 passed, 0 failed, 2 skipped" in summary
     assert "| skipped | " in summary
     assert "a dry run has no counters" in summary
     assert "python bench/evidence/orders.py" in summary
@@ -69,6 +69,44 @@ def test_a_dry_run_leaves_everything_in_its_folder(tmp_path):
     host = json.loads((tmp_path / "host_cost.json").read_text())["figures"]["optimizers"]["Lomo"]
     assert host["launches"] == 1
     assert all(0 < host[kind]["least_us"] <= host[kind]["median_us"] for kind in ("same_place", "new_places"))
+    check_headline(tmp_path)
+    check_training(tmp_path)
+
+
+def check_headline(folder):
+    """The planned bytes are the live ones within the hundredth that docs/planning.md states."""
+    record = json.loads((folder / "headline.json").read_text())
+    (row,) = record["rows"]
+    assert (row["optimizer"], row["mode"], row["status"]) == ("AdaLomo", "fused", "ran")
+    for part in ("parameters", "gradients", "state"):
+        assert row[f"planned_{part}"] == pytest.approx(row[part], rel=0.01)
+    assert row["parameters"] + row["state"] < row["peak_bytes"] < row["largest_peak_bytes"] <= record["memory"]
+    assert row["largest_batch"] > 1
+    assert row["least_too_many"] == row["largest_batch"] + 1
+    assert row["tokens_per_s"] == pytest.approx(record["sequence"] / row["step_ms"] * 1e3)
+    assert rows(folder / "headline.csv")[0]["peak_bytes"] == str(row["peak_bytes"])
+    assert f"| {row['largest_batch']} | " in (folder / "headline.md").read_text()
+    assert (folder / "headline.png").stat().st_size > 10_000
+
+
+def check_training(folder):
+    found = rows(folder / "training.csv")
+    assert [(row["optimizer"], row["stochastic_rounding"]) for row in found] == [
+        ("AdaLomo", "True"),
+        ("AdaLomo", "False"),
+    ]
+    curves = rows(folder / "curves.csv")
+    for row in found:
+        assert (row["status"], row["steps"], float(row["lr"])) == ("finished", "4", 0.05)
+        own = [each for each in curves if each["stochastic_rounding"] == row["stochastic_rounding"]]
+        assert [int(each["tokens"]) for each in own] == [32, 64, 96, 128]
+        assert own[-1]["validation_loss"] == row["validation_loss"]
+        assert float(row["optimizer_ms"]) < float(row["step_ms"])
+    # equal up to the first update, and rounding is the only difference
+    assert curves[3]["validation_loss"] != curves[7]["validation_loss"]
+    assert float(curves[3]["validation_loss"]) == pytest.approx(float(curves[7]["validation_loss"]), rel=1e-2)
+    kept = {path.name for path in (folder / "training" / "AdaLomo").iterdir()}
+    assert kept == {"record.json", "table.md", "loss.png", "sweep.png", "settings.json"}
 
 
 def sections_that(script, *codes, seconds=60.0):
@@ -137,6 +175,27 @@ def test_on_a_gpu_all_sections_run_within_their_limits(script):
     assert names[0] == "tests"
     assert {"ceilings", "compile", "orders", "bench-gpt2", "bench-llama-1b", "bench-llama-7b"} < set(names)
     assert evidence.TOTAL_SECONDS < 540
+    alone = [section for section in evidence.sections(Path("out"), dry_run=False) if section.alone]
+    assert [section.name for section in alone] == ["headline", "training"]
+    # a call of its own for each, which ends by itself before it is ended
+    assert all(evidence.WORK_SECONDS < section.seconds < evidence.TOTAL_SECONDS for section in alone)
+    assert all("--seconds" in section.command for section in alone)
+
+
+def test_what_takes_a_call_of_its_own_runs_only_where_it_is_named(script, monkeypatch, tmp_path):
+    evidence = script("gpu_evidence.py")
+    section = script("evidence/running.py").Section
+    both = [section(name, "", (sys.executable, "-c", ""), 9.0, name == "long") for name in ("short", "long")]
+    monkeypatch.setattr(evidence, "sections", lambda out, dry_run: both)
+    monkeypatch.setattr(evidence.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(evidence, "circumstances", lambda: {"device": "none"})
+    app = typer.Typer()
+    app.command()(evidence.main)
+    for arguments, expected in (([], ["short"]), (["--only", "long"], ["long"])):
+        result = CliRunner().invoke(app, ["--out", str(tmp_path), *arguments])
+        assert result.exit_code == 0, result.output
+        record = json.loads((tmp_path / "summary.json").read_text())
+        assert [each["name"] for each in record["sections"]] == expected
 
 
 def test_outcomes_of_tests_are_read_from_what_pytest_prints(script):

@@ -56,7 +56,7 @@ def load_model(name: str, dtype: torch.dtype) -> Model:
     if known in MODELS:
         architecture = MODELS[known]
         module: nn.Module = module_of(model_shapes(known))
-        sizes: Sizes | None = _sizes_of_architecture(architecture)
+        sizes: Sizes | None = sizes_of(architecture)
     elif path.exists():
         module, sizes = _from_config(path)
     elif ":" in name:
@@ -115,7 +115,8 @@ def _layer(name: str, shape: tuple[int, ...], bias: bool, device: str) -> nn.Mod
     return Conv1D(shape[0], shape[1], device) if bias else nn.Linear(shape[1], shape[0], bias=False, device=device)
 
 
-def _sizes_of_architecture(a: Architecture) -> Sizes:
+def sizes_of(a: Architecture) -> Sizes:
+    """Returns the sizes of a model by name."""
     keys = a.hidden // a.heads * a.kv_heads
     gated = not a.positions
     return Sizes(
