@@ -90,7 +90,8 @@ def main(arguments: list[str] | None = None) -> list[float]:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         start = checkpoint.pop("step")
         for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
+            # popped: a copy of all would stay in memory
+            part.load_state_dict(checkpoint.pop(name))
         print(f"carries on from step {start} of {path}")
     handle = fuse_backward(model, optimizer, clip_grad_norm=args.clip) if args.fuse else None
 

@@ -1,4 +1,4 @@
-"""Objects that are named as module:attribute, and what a constructor takes."""
+"""Objects that are named as module:attribute, what a constructor takes, and errors in a line."""
 
 from __future__ import annotations
 
@@ -19,16 +19,15 @@ def load_named(argument: str, name: str, allowed: str) -> Any:
     Modules are also looked for in the current folder, as `python -m` does: an installed command does not by itself.
     """
     where, _, attribute = name.partition(":")
+    if not attribute:
+        raise ValueError(f"{argument} is {name!r}: it has no colon; allowed: {allowed}")
     try:
-        if not attribute:
-            raise ValueError("it has no colon")
         with importing_from_here():
             found: Any = importlib.import_module(where)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise ValueError(f"{argument} is {name!r}: {reason}; allowed: {allowed}") from error
+    except Exception as error:  # anything that somebody else's code raises
+        raise ValueError(f"{argument} is {name!r}: {line_of(error)}; allowed: {allowed}") from error
     return found
 
 
@@ -48,3 +47,8 @@ def arguments_of(cls: type) -> set[str]:
     parameters = inspect.signature(cls).parameters.values()
     names = {parameter.name for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     return names | cls.common_defaults.keys() if issubclass(cls, LowMemOptimizer) else names
+
+
+def line_of(error: BaseException) -> str:
+    """The type and the first line of an error."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])

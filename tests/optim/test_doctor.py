@@ -84,6 +84,14 @@ def test_what_raises_is_a_line(monkeypatch):
     assert line["error"] == "RuntimeError: no such kernel"
 
 
+def test_what_others_say_is_no_markup(monkeypatch):
+    def raises(*args, **options):
+        raise RuntimeError("no [/red] kernel")
+
+    monkeypatch.setattr(lomo, "scaled_update_", raises)
+    assert "RuntimeError: no [/red] kernel failed" in doctor()[1]
+
+
 def test_every_optimizer_has_a_rule():
     assert set(exported()) <= {rule.name for rule in RULES}
 
@@ -176,6 +184,7 @@ def test_against_another_rule():
     [
         (("-o", "torch.optim.AdamW"), f"optimizer is 'torch.optim.AdamW': it has no colon; allowed: {ALLOWED}"),
         (("-o", "no_such_module:AdamW"), "No module named 'no_such_module'; allowed: module:Class"),
+        (("-o", "./mine.py:Lion"), "optimizer is './mine.py:Lion': TypeError: "),
         (("-o", "torch.optim:AdamX"), "module 'torch.optim' has no attribute 'AdamX'; allowed: module:Class"),
         (("-o", "torch:nn"), "optimizer is 'torch:nn', which is a module; allowed: module:Class"),
         (("-o", "torch.nn:Linear"), "optimizer is 'torch.nn:Linear', which is a type; allowed: module:Class"),
@@ -201,6 +210,15 @@ def test_usage_errors(arguments, message):
     result, text = doctor(*arguments)
     assert result.exit_code == 2, result.output
     assert message in text
+
+
+def test_a_module_that_cannot_be_imported(tmp_path, monkeypatch):
+    """Of the current folder."""
+    (tmp_path / "unfinished.py").write_text("class Lion(")
+    monkeypatch.chdir(tmp_path)
+    result, text = doctor("-o", "unfinished:Lion")
+    assert result.exit_code == 2, result.output
+    assert "optimizer is 'unfinished:Lion': SyntaxError: '(' was never closed" in text
 
 
 def test_rules_in_any_case():

@@ -1,6 +1,7 @@
 """`lowmem train` from end to end, on a model small enough for a few steps to take no time."""
 
 import json
+import math
 import random
 from itertools import count
 
@@ -10,6 +11,7 @@ from typer.testing import CliRunner
 
 from lowmem_optim.cli import app
 from lowmem_optim.cli.defaults import DEFAULTS, Default
+from lowmem_optim.cli.files import json_of
 from lowmem_optim.cli.progress import Display
 from lowmem_optim.cli.settings import FILE
 
@@ -171,6 +173,9 @@ def test_interruption_keeps_what_was_measured(train, tmp_path, monkeypatch, step
         (["-o", "lomo", "--fused-backward", "--opt", "skip_nonfinite=step"], "Lomo: skip_nonfinite is 'step'"),
         (["--dim", "100"], "'--dim': 100 is not a multiple of 32"),
         (["--sweep", "lr=1"], "'--sweep': 'lr=1' is not of the form key=value,value with several values"),
+        (["--sweep", "lr=1,"], "'--sweep': 'lr=1,' is not of the form key=value,value with several values"),
+        (["--sweep", "lr=1e-3,2e-3,0.001"], "'lr=1e-3,2e-3,0.001' has 0.001 a second time; allowed: each once"),
+        (["--sweep", "lr=1,2", "--sweep", "lr=3,4"], "'lr=3,4' has lr a second time; allowed: each once"),
         (["--sweep", "lr=1,2", "--lr", "1"], "'--sweep': 'lr' has one value already, by --lr"),
         (["--sweep", "momentum=0,0.9", "--opt", "momentum=0"], "'momentum' has one value already, by --opt"),
         (["--sweep", "betas=1,2"], "'--sweep': 'betas' is not an argument of torch.SGD"),
@@ -211,6 +216,23 @@ def test_a_folder_in_use_is_refused(train, tmp_path):
     assert (tmp_path / "taken" / FILE).read_text() == "{}"
 
 
+def test_a_folder_in_that_of_the_text_is_refused(train, tmp_path):
+    """Its logs would be text that was not there when the training began."""
+    result, record = train("-o", "torch.SGD", "--data", str(tmp_path))
+    assert result.exit_code == 2
+    assert "'--out': " in words(result.output)
+    assert "all of whose files are the text; allowed: a folder elsewhere" in words(result.output)
+    assert record is None
+
+
+def test_what_json_does_not_know(train):
+    """Numbers that are not finite are null."""
+    result, record = train("-o", "torch.SGD", "--lr", "inf", "--clip-grad-norm", "inf")
+    assert result.exit_code == 1, result.output
+    assert record["config"]["lr"] is record["config"]["clip_grad_norm"] is record["runs"][0]["lr"] is None
+    assert json.loads(json_of({"a": {1}, (2, 3): (math.nan, 1j)})) == {"a": "{1}", "(2, 3)": [None, "1j"]}
+
+
 def test_defaults_say_where_they_are_from():
     output = words(CliRunner().invoke(app, ["train", "--defaults"], terminal_width=200).output)
     assert "AdaLomo 0.05 validation loss on the default task: 0.02 1.728, 0.05 1.667, 0.1 1.804" in output
@@ -233,6 +255,15 @@ def test_sweep_of_one_argument(train, tmp_path):
     assert f"| torch.SGD | {losses[0]:.4f} | **{losses[1]:.4f}** | diverged |" in " ".join(table.split())
     assert "| torch.AdamW lr=0.01 | torch.SGD lr=0.01 |" in " ".join(table.split())
     assert (tmp_path / "run" / "sweep.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_sweep_of_words(train):
+    result, record = train("-o", "sinkgd", "--sweep", "fallback=adamw,adafactor")
+    assert result.exit_code == 0, result.output
+    assert [run["settings"]["fallback"] for run in record["runs"]] == ["adamw", "adafactor"]
+    first, second = (run["training_loss"] for run in record["runs"])
+    assert first[0] == second[0]
+    assert first[1:] != second[1:]
 
 
 def test_sweep_of_two_arguments_equals_single_runs(train, tmp_path):

@@ -127,8 +127,9 @@ def test_a_failing_process_ends_those_that_wait_for_it():
     assert time.monotonic() - start < 100
 
 
-def test_an_interrupt_while_processes_start_ends_all_after_a_step(arguments, tmp_path):
-    """Ctrl-C in a terminal reaches all: the first process imports torch, and the second is not yet there."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_processes_start_ends_all_after_a_step(arguments, tmp_path, number):
+    """A terminal's or a scheduler's reaches all: the first imports torch, and the second is not yet there."""
     command = [sys.executable, "-c", "from lowmem_optim.cli import app; app()"]
     process = subprocess.Popen(
         [*command, *arguments("--steps", "100000", "-o", "lomo", "--nproc", "2")],
@@ -144,7 +145,7 @@ def test_an_interrupt_while_processes_start_ends_all_after_a_step(arguments, tmp
         while len(children.read_text().split()) < 2:
             assert process.poll() is None, process.stdout.read()
             time.sleep(0.001)
-        os.killpg(process.pid, signal.SIGINT)
+        os.killpg(process.pid, number)
         output = process.communicate(timeout=120)[0]
     finally:
         process.kill()

@@ -1,6 +1,7 @@
 """`lowmem train --resume`: a training that was stopped ends as one that was not, to the last bit."""
 
 import csv
+import errno
 import json
 import os
 import random
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from lowmem_optim.cli import app, checkpoints, loop
 from lowmem_optim.cli.data import Text
+from lowmem_optim.cli.files import alone_in
 from lowmem_optim.cli.log import NAMES
 from lowmem_optim.cli.model import ModelConfig
 from lowmem_optim.cli.registry import choices
@@ -44,6 +46,8 @@ CONFIG = loop.TrainConfig(
     options={},
     log_every=2,
 )
+#: which fsync is that of the second checkpoint's tensors: after two for the settings and five for the first checkpoint
+IN_SECOND = 8
 NUMBERS = Text(torch.arange(64, dtype=torch.uint8), torch.arange(64, dtype=torch.uint8), "numbers", 1)
 
 
@@ -117,7 +121,7 @@ def test_every_optimizer_goes_on_with_its_bits(tmp_path, choice, config):
 def test_killed_by_sigkill(tmp_path, text):
     """In the second of two runs, somewhere after its first checkpoint: what is redone leaves no trace but its time."""
     options = [*TINY, "-o", "adalomo", "-c", "adamw", "--fused-backward", "--dtype", "bf16", "--data", str(text)]
-    options += ["--steps", "200", "--checkpoint-every", "5"]
+    options += ["--steps", "200", "--checkpoint-every", "20"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = subprocess.Popen(
         [sys.executable, "-c", "from lowmem_optim.cli import app; app()", "train", *options, "--out", str(killed)],
@@ -135,7 +139,7 @@ def test_killed_by_sigkill(tmp_path, text):
     assert checkpoints.latest(killed / "AdaLomo").name == "step-200"
     (killed / "AdamW" / "step-195.partial").mkdir()
     invoke("--resume", killed)
-    invoke(*options, "--out", whole)
+    invoke(*options, "--checkpoint-every", "0", "--out", whole)
     assert runs_of(killed) == runs_of(whole)
     assert [path.name for path in killed.glob("AdamW/step-*")] == ["step-200"]
 
@@ -207,6 +211,57 @@ def test_a_failed_checkpoint_leaves_the_one_before(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.glob("step-*")] == ["step-6"]
 
 
+def test_a_second_ctrl_c_in_the_middle_of_a_checkpoint(tmp_path, text, monkeypatch):
+    """It is not waited for, and the one before stays."""
+    options = [*TINY, "--steps", "8", "-o", "adamw", "--checkpoint-every", "1", "--data", text]
+    write, written = os.fsync, []
+
+    def interrupt(file):
+        written.append(file)
+        if len(written) == IN_SECOND:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        write(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", interrupt)
+        output = invoke(*options, "--out", tmp_path / "stopped", code=130)
+    assert output.endswith(f"lowmem train --resume {tmp_path / 'stopped'} goes on")
+    assert [run["status"] for run in runs_of(tmp_path / "stopped")] == ["interrupted"]
+    assert {path.name for path in tmp_path.glob("stopped/AdamW/step-*")} == {"step-1", "step-2.partial"}
+    invoke("--resume", tmp_path / "stopped")
+    invoke(*options, "--out", tmp_path / "whole")
+    assert runs_of(tmp_path / "stopped") == runs_of(tmp_path / "whole")
+
+
+def test_a_full_disk_is_one_line(tmp_path, text, monkeypatch):
+    """What was done stays, and where there is space again it goes on."""
+    options = [*TINY, "--steps", "4", "-o", "adamw", "--checkpoint-every", "1", "--data", text]
+    write, written = os.fsync, []
+
+    def fill(file):
+        written.append(file)
+        if len(written) == IN_SECOND:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", fill)
+        output = invoke(*options, "--out", tmp_path / "full", code=1)
+    assert output.endswith(f"[Errno 28] No space left on device lowmem train --resume {tmp_path / 'full'} goes on")
+    invoke("--resume", tmp_path / "full")
+    invoke(*options, "--out", tmp_path / "whole")
+    assert runs_of(tmp_path / "full") == runs_of(tmp_path / "whole")
+
+
+def test_one_at_a_time(tmp_path, text):
+    """Two trainings in a folder would take each other's checkpoints away."""
+    invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", tmp_path / "run")
+    with alone_in(tmp_path / "run"):
+        assert "another process works in" in invoke("--resume", tmp_path / "run", code=2)
+    invoke("--resume", tmp_path / "run")
+
+
 def test_without_checkpoints_the_end_is_kept(tmp_path):
     (choice,) = (choice for choice in choices().values() if choice.name == "AdamW")
     saved = []
@@ -225,6 +280,9 @@ def test_other_options_are_refused(tmp_path, text, given):
 
 def test_a_folder_without_a_training_or_with_another_text(tmp_path, text):
     assert "has no settings.json; allowed: a folder that" in invoke("--resume", tmp_path, code=2)
+    for content, message in (("{", "is not JSON: "), ("{}", "is not that of this version of lowmem train: KeyError(")):
+        (tmp_path / "settings.json").write_text(content)
+        assert message in invoke("--resume", tmp_path, code=2)
     invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", tmp_path / "run")
     text.write_text(text.read_text().replace("low", "high"))
     assert "is not the text that the training in" in invoke("--resume", tmp_path / "run", code=2)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.optim import Optimizer
 
@@ -29,7 +30,7 @@ def save(folder: Path, run: Run, model: nn.Module, optimizer: Optimizer, process
     """
     complete = folder / f"step-{run.steps_taken}"
     partial = folder / (complete.name + PARTIAL)
-    with _one_process_is_fine():
+    with _plainly():
         dcp.save(_state(model, optimizer), checkpoint_id=partial, no_dist=processes.count == 1)
     if processes.rank == 0:
         write_whole(partial / RUN, json.dumps(asdict(run)))
@@ -37,6 +38,12 @@ def save(folder: Path, run: Run, model: nn.Module, optimizer: Optimizer, process
         for other in folder.glob("step-*"):
             if other != complete:
                 shutil.rmtree(other)
+
+
+def remove_partial(folder: Path) -> None:
+    """Removes what a process that ended meanwhile left half done, in the folders of all runs."""
+    for partial in folder.glob(f"*/step-*{PARTIAL}"):
+        shutil.rmtree(partial)
 
 
 def latest(folder: Path) -> Path | None:
@@ -55,7 +62,7 @@ def read_run(checkpoint: Path) -> Run:
 def load(checkpoint: Path, model: nn.Module, optimizer: Optimizer, processes: Processes) -> None:
     """Brings a model and its optimizer to where they were, in as many processes as one likes."""
     state = _state(model, optimizer)
-    with _one_process_is_fine():
+    with _plainly():
         dcp.load(state, checkpoint_id=checkpoint, no_dist=processes.count == 1)
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
@@ -66,7 +73,11 @@ def _state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
 
 
 @contextmanager
-def _one_process_is_fine() -> Iterator[None]:
+def _plainly() -> Iterator[None]:
+    """Without the warning that there is one process, and with what was raised, which torch wraps, Ctrl-C too."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        yield
+        try:
+            yield
+        except CheckpointException as error:
+            raise next(iter(error.failures.values()))[0] from error

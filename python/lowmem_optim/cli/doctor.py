@@ -9,7 +9,7 @@ import typer
 from rich.console import Console
 
 from lowmem_optim.cli.arguments import blaming, option, progress_bar
-from lowmem_optim.cli.files import make_place
+from lowmem_optim.cli.files import json_of, make_place
 
 if TYPE_CHECKING:
     from lowmem_optim.conformance import Check, Rule, Subject, Verdict
@@ -106,11 +106,11 @@ def doctor_command(
     else:
         with blaming("--opt" if opt else "--optimizer"):
             wrong, parts = _examine(shown, subject, rule or None)
-    text = doctor_report.as_json(found, **parts)
+    text = json_of({"environment": found, **parts})
     if to_stdout:
-        typer.echo(text)
+        typer.echo(text, nl=False)
     elif json is not None:
-        json.write_text(text + "\n", encoding="utf-8")
+        json.write_text(text, encoding="utf-8")
         console.print(json, soft_wrap=True, highlight=False)
     if wrong:
         raise typer.Exit(1)

@@ -1,13 +1,12 @@
 """Tables and JSON of `lowmem doctor`."""
 
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from lowmem_optim.cli.doctor_facts import VARIABLES
@@ -55,7 +54,7 @@ def show_checks(console: Console, how: str, checks: Sequence[Check]) -> None:
             check.optimizer,
             check.dtype,
             "-" if check.error else f"{check.times:.2g}",
-            check.error or check.where,
+            escape(check.error or check.where),
             result,
         )
     console.print(table)
@@ -66,23 +65,10 @@ def show_verdicts(console: Console, title: str, verdicts: Sequence[Verdict]) -> 
     console.print(f"\n{title}", highlight=False, markup=False)
     table = _table("probe", "", "what it does")
     for verdict in verdicts:
-        table.add_row(verdict.probe, "[bold red]wrong[/]" if verdict.wrong else "", verdict.sentence)
+        table.add_row(verdict.probe, "[bold red]wrong[/]" if verdict.wrong else "", escape(verdict.sentence))
     console.print(table)
-
-
-def as_json(facts: dict[str, Any], **parts: Any) -> str:
-    """The report as JSON; numbers that are not finite are null."""
-    return json.dumps({"environment": facts, **_plain(parts)}, indent=1, allow_nan=False, default=repr)
 
 
 def checks_for_json(how: str, checks: Sequence[Check]) -> dict[str, Any]:
     """The part of the self-check."""
     return {"how": how, "checks": [{**asdict(check), "ok": check.ok} for check in checks]}
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

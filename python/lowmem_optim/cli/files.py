@@ -1,7 +1,13 @@
 """Files and folders that a process killed at any time leaves whole."""
 
+import fcntl
+import json
+import math
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 def make_folder(path: Path) -> Path:
@@ -21,6 +27,17 @@ def make_place(path: Path) -> Path:
     return path
 
 
+@contextmanager
+def alone_in(folder: Path) -> Iterator[None]:
+    """Keeps a folder for this process until it leaves, or ends however; raises ValueError where another one has it."""
+    with (folder / ".lock").open("w") as stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process works in {folder}; allowed: when it has ended") from error
+        yield
+
+
 def write_whole(path: Path, content: str | bytes) -> None:
     """Writes a file that is either the old one or the new one, whatever happens."""
     partial = path.with_name(path.name + ".partial")
@@ -29,6 +46,19 @@ def write_whole(path: Path, content: str | bytes) -> None:
         stream.flush()
         os.fsync(stream.fileno())
     rename(partial, path)
+
+
+def json_of(value: Any) -> str:
+    """JSON for every reader: numbers that are not finite are null, and what else it does not know is Python's text."""
+    return json.dumps(_plain(value), indent=1, allow_nan=False, default=repr) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key if isinstance(key, str) else repr(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def rename(path: Path, to: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lowmem_kernels.testing.models import MODELS, Architecture, Shapes, model_shapes
-from lowmem_optim.naming import importing_from_here, load_named
+from lowmem_optim.naming import importing_from_here, line_of, load_named
 
 KINDS = "a config.json of transformers, a folder that has one, or module:callable"
 
@@ -144,7 +144,7 @@ def _from_config(path: Path) -> tuple[nn.Module, Sizes | None]:
         with torch.device("meta"):
             module = _make(transformers, config)
     except Exception as error:  # what a configuration may lack, each model of transformers says in its own way
-        raise ValueError(f"transformers cannot build a model from {file}: {_line(error)}") from error
+        raise ValueError(f"transformers cannot build a model from {file}: {line_of(error)}") from error
     return module, _sizes_of_config(config, module)
 
 
@@ -191,11 +191,7 @@ def _from_callable(name: str) -> nn.Module:
         with importing_from_here(), torch.device("meta"):
             module = make()
     except Exception as error:  # anything that somebody else's code raises
-        raise ValueError(f"{name}() on the meta device: {type(error).__name__}: {_line(error)}") from error
+        raise ValueError(f"{name}() on the meta device: {line_of(error)}") from error
     if not isinstance(module, nn.Module):
         raise ValueError(f"{name}() returned a {type(module).__name__}; allowed: a torch.nn.Module")
     return module
-
-
-def _line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -26,6 +26,11 @@ from lowmem_optim.cli.model import ByteModel
 
 #: How long a process waits for others in a collective: one that has died lets the command fail earlier than that.
 PATIENCE = timedelta(minutes=5)
+#: Seconds that the others have to end by themselves after one has failed.
+GRACE = 0.1
+
+#: Signals that ask for an end after the step that is under way.
+HEARD = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -
     with tempfile.TemporaryDirectory() as folder, hearing(interrupted):
         context = _start(count, interrupted, device, Path(folder), work, arguments)
         try:
-            while not context.join():
+            # where one has failed, the others wait for it, and hear no SIGTERM
+            while not context.join(grace_period=GRACE):
                 pass
         except (ProcessRaisedException, ProcessExitedException) as error:
             refusal = Path(folder, f"refusal-{error.error_index}")
@@ -128,7 +134,7 @@ def hearing(interrupted: Event | threading.Event) -> Iterator[None]:
         heard.append(True)
         interrupted.set()
 
-    handlers = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.signal(number, hear) for number in HEARD}
     try:
         yield
     finally:
@@ -137,13 +143,13 @@ def hearing(interrupted: Event | threading.Event) -> Iterator[None]:
 
 
 def _start(count: int, interrupted: Event, *details: Any) -> ProcessContext:
-    # those who start now never hear Ctrl-C, and here it waits. The event is older: with it came multiprocessing's
-    # tracker of resources, whose start would end that
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    # those who start now never hear Ctrl-C or SIGTERM, which terminals and schedulers send to all, and here they wait.
+    # The event is older: with it came multiprocessing's tracker of resources, whose start would end that
+    signal.pthread_sigmask(signal.SIG_BLOCK, HEARD)
     try:
         context = torch.multiprocessing.spawn(_work, (count, interrupted, *details), nprocs=count, join=False)
     finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, HEARD)
     assert context is not None
     return context
 

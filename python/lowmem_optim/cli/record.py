@@ -1,6 +1,5 @@
 """The record of a comparison, in JSON: all that is needed to repeat it and to draw it anew."""
 
-import json
 import platform
 import subprocess
 from dataclasses import asdict
@@ -12,7 +11,7 @@ import torch
 
 import lowmem_kernels
 from lowmem_optim.cli.data import Text
-from lowmem_optim.cli.files import write_whole
+from lowmem_optim.cli.files import json_of, write_whole
 from lowmem_optim.cli.loop import TrainConfig
 from lowmem_optim.cli.report import figures
 from lowmem_optim.cli.run import Run
@@ -34,8 +33,8 @@ def write_record(path: Path, config: TrainConfig, text: Text, runs: list[Run]) -
         "wall_seconds": sum(run.wall_seconds for run in runs),
         "runs": [asdict(run) | {"figures": figures(run, runs[0])} for run in runs],
     }
-    # default: the value of an --opt may be any Python literal, such as a set or a complex number
-    write_whole(path, json.dumps(record, indent=1, allow_nan=False, default=repr) + "\n")
+    # the value of an --opt may be any Python literal, such as an infinity, a set or a complex number
+    write_whole(path, json_of(record))
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -142,16 +142,23 @@ def parse_pairs(pairs: list[str]) -> dict[str, Any]:
 
 
 def parse_sweeps(pairs: list[str], optimizers: list[Choice]) -> dict[str, tuple[Any, ...]]:
-    """Values of at most two arguments from `key=value,value,...` texts, as in `lr=1e-3,2e-3`.
+    """Values of at most two arguments from `key=value,value,...` texts, as in `lr=1e-3,2e-3` or `fallback=adamw,lomo`.
 
-    Raises ValueError for a text of another form, for more than two, and for a key that some optimizer does not take.
+    Raises ValueError for a text of another form, for a value or a key that is there twice, for more than two, and for a
+    key that some optimizer does not take.
     """
     sweeps = {}
     for pair in pairs:
         key, equals, texts = pair.partition("=")
         values = _literal(f"({texts},)")
-        if not equals or not isinstance(values, tuple) or len(set(map(repr, values))) < 2:
+        if isinstance(values, str):  # no Python literal: words
+            values = tuple(map(_literal, texts.split(",")))
+        if not equals or len(values) < 2 or "" in values:
             raise ValueError(f"{pair!r} is not of the form key=value,value with several values, as in lr=1e-3,2e-3")
+        # as text, which names tables' columns and runs' folders
+        twice = next((value for i, value in enumerate(values) if str(value) in map(str, values[:i])), None)
+        if twice is not None or key in sweeps:
+            raise ValueError(f"{pair!r} has {key if twice is None else twice} a second time; allowed: each once")
         for optimizer in optimizers:
             require_taker(key, [optimizer])
         if key in NAMED_OPTIONS.keys() - {"lr", "weight_decay"}:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -11,7 +10,6 @@ from typing import Any
 
 from lowmem_optim.cli import registry
 from lowmem_optim.cli.arguments import blaming
-from lowmem_optim.cli.checkpoints import PARTIAL
 from lowmem_optim.cli.data import Text, load_text
 from lowmem_optim.cli.files import make_folder, write_whole
 from lowmem_optim.cli.loop import TrainConfig, find_device
@@ -56,10 +54,17 @@ def training_of(arguments: dict[str, Any]) -> Training:
     return Training(choices, config, text)
 
 
-def new_folder(path: Path | None, choices: list[Choice]) -> Path:
-    """Makes the folder, or one with the time and the optimizers in its name. Raises ValueError for one in use."""
+def new_folder(path: Path | None, arguments: dict[str, Any], choices: list[Choice]) -> Path:
+    """Makes the folder, or one with the time and the optimizers in its name.
+
+    Raises ValueError for one that has a training, and for one in the text's folder, whose files would become text.
+    """
     names = dict.fromkeys(choice.name.lower() for choice in choices)
-    folder = make_folder(path or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{'-'.join(names)}")
+    path = path or Path("runs") / f"{datetime.now():%Y%m%d-%H%M%S}-{'-'.join(names)}"
+    data = arguments["data"]
+    if data is not None and path.resolve().is_relative_to(Path(data).resolve()):
+        raise ValueError(f"{path} is in {data}, all of whose files are the text; allowed: a folder elsewhere")
+    folder = make_folder(path)
     if (folder / FILE).exists():
         raise ValueError(f"there is a training in {folder}; allowed: a new folder, or --resume {folder}")
     return folder
@@ -74,7 +79,7 @@ def write_settings(folder: Path, arguments: dict[str, Any], training: Training) 
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Training]:
-    """The arguments that a folder keeps, and what they ask for; removes what a killed process left half done.
+    """The arguments that a folder keeps, and what they ask for.
 
     Raises ValueError where there are none, or where the text has changed.
     """
@@ -82,12 +87,16 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Training]:
         kept = json.loads((folder / FILE).read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{folder} has no {FILE}; allowed: a folder that lowmem train has written into") from error
-    training = training_of(kept["arguments"])
-    if kept["text"] != _fingerprint(training.text):
+    except ValueError as error:
+        raise ValueError(f"{folder / FILE} is not JSON: {error}") from error
+    try:
+        arguments, fingerprint = kept["arguments"], kept["text"]
+        training = training_of(arguments)
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{folder / FILE} is not that of this version of lowmem train: {error!r}") from error
+    if fingerprint != _fingerprint(training.text):
         raise ValueError(f"{training.text.source} is not the text that the training in {folder} began with")
-    for partial in folder.glob(f"*/*{PARTIAL}"):
-        shutil.rmtree(partial)
-    return kept["arguments"], training
+    return arguments, training
 
 
 def _fingerprint(text: Text) -> str:

@@ -1,5 +1,6 @@
 """`lowmem train`: trains a small language model with several optimizers and compares them."""
 
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -9,8 +10,7 @@ from rich.console import Console
 
 from lowmem_optim.cli.arguments import blaming, option
 
-ALL_DIVERGED = 1
-PROCESS_FAILED = 1
+ALL_DIVERGED = FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 
@@ -140,7 +140,8 @@ def train_command(
     the losses there would have been.
     """
     # here rather than above, so that `lowmem --help` need not wait for torch
-    from lowmem_optim.cli import loop, settings, train_all
+    from lowmem_optim.cli import checkpoints, loop, settings, train_all
+    from lowmem_optim.cli.files import alone_in
     from lowmem_optim.cli.processes import ALONE, RefusedError
 
     console = Console()
@@ -156,22 +157,27 @@ def train_command(
         arguments = {name: value for name, value in command.params.items() if name not in NOT_KEPT}
         training = settings.training_of(arguments)
         with blaming("--out"):
-            folder = settings.new_folder(out, training.choices)
+            folder = settings.new_folder(out, arguments, training.choices)
     with blaming(None):
         loop.rehearse(training.choices, replace(training.config, processes=ALONE), training.text)
-    if resume is None:
-        with blaming("--out"):
-            settings.write_settings(folder, arguments, training)
+    goes_on = f"lowmem train --resume {folder}  goes on"
     try:
-        runs = train_all.train_all(training, folder, console)
+        with ExitStack() as stack:
+            with blaming("--out" if resume is None else "--resume"):
+                stack.enter_context(alone_in(folder))
+            if resume is None:
+                settings.write_settings(folder, arguments, training)
+            else:
+                checkpoints.remove_partial(folder)
+            runs = train_all.train_all(training, folder, console)
+            train_all.report(runs, training, folder, console)
     except RefusedError as error:
         raise typer.BadParameter(str(error), param_hint="'--sharding'") from error
-    except RuntimeError as error:
-        console.print(error, style="red", soft_wrap=True, highlight=False, markup=False)
-        raise typer.Exit(PROCESS_FAILED) from error
-    train_all.report(runs, training, folder, console)
+    except (OSError, RuntimeError) as error:  # no space on the disk, no memory, a process that has ended
+        console.print(f"{error}\n{goes_on}", style="red", soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(FAILED) from error
     if len(runs) < len(training.choices) or runs[-1].status == "interrupted":
-        console.print(f"lowmem train --resume {folder}  goes on", soft_wrap=True, highlight=False, markup=False)
+        console.print(goes_on, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(INTERRUPTED)
     if all(run.status == "diverged" for run in runs):
         raise typer.Exit(ALL_DIVERGED)

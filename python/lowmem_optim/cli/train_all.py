@@ -46,7 +46,7 @@ def _train_with_others(rank: int, asked_to_stop: Callable[[], bool], training: T
 
 def _train_all(training: Training, folder: Path, console: Console, asked_to_stop: Callable[[], bool]) -> list[Run]:
     config = training.config
-    console.print(_summary(training), highlight=False)
+    console.print(_summary(training), highlight=False, markup=False)
     runs: list[Run] = []
     with Display(console, config.steps) as display:
         for choice in training.choices:
@@ -81,9 +81,8 @@ def report(runs: list[Run], training: Training, folder: Path, console: Console) 
         sweep.draw_sweep(paths["sweep.png"], found)
     for path in paths.values():
         console.print(path, soft_wrap=True, highlight=False)
-    console.print(
-        f"every step: {folder}/*/steps.csv, and tensorboard --logdir {folder}", soft_wrap=True, highlight=False
-    )
+    every = f"every step: {folder}/*/steps.csv, and tensorboard --logdir {folder}"
+    console.print(every, soft_wrap=True, highlight=False, markup=False)
 
 
 def _summary(training: Training) -> str:

@@ -6,11 +6,12 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ..naming import line_of
 from . import probes_rule, probes_state, probes_step
 from .recognize import Recognition, recognize
 from .rules import Rule
 from .subject import Subject
-from .verdict import Verdict, line_of
+from .verdict import Verdict
 
 Probe = Callable[[Subject, Recognition], Verdict]
 

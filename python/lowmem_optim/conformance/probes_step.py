@@ -9,10 +9,11 @@ from torch import Tensor
 
 from lowmem_kernels.numerics import name_of
 
+from ..naming import line_of
 from .inputs import MATRICES, gradients, same_bits, starts, values
 from .recognize import Recognition
 from .subject import LR, Subject
-from .verdict import Verdict, line_of
+from .verdict import Verdict
 
 #: The element of the first matrix that gets a bad gradient.
 BAD = (3, 5)

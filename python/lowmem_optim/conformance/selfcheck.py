@@ -14,10 +14,10 @@ from lowmem_kernels.dispatch import interpreting, why_not_triton
 from lowmem_kernels.numerics import name_of
 from lowmem_kernels.testing import SHAPES, make_tensors
 
+from ..naming import line_of
 from .recognize import multiple, options_of
 from .rules import find_rule
 from .subject import Subject
-from .verdict import line_of
 
 STEPS = 3
 #: So large that an update counts for more than the rounding of what it is added to.

@@ -14,9 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..naming import arguments_of, load_named
+from ..naming import arguments_of, line_of, load_named
 from .inputs import MATRICES, VECTOR, gradients, starts
-from .verdict import line_of
 
 LR = 1e-2
 

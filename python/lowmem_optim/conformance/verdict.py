@@ -22,8 +22,3 @@ class Verdict:
     sentence: str
     wrong: bool = False
     figures: Mapping[str, float] = field(default_factory=dict)
-
-
-def line_of(error: BaseException) -> str:
-    """The type and the first line of an error."""
-    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
