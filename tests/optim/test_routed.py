@@ -11,6 +11,7 @@ from torch.optim import lr_scheduler
 from lowmem_kernels.elementwise import scaled_update_
 from lowmem_optim import SWAN, Adafactor, AdamW, SinkGD, split_params
 from lowmem_optim.routed import RoutedOptimizer
+from optim.every import both_dtypes
 from optim.tensors import (
     Unchanged,
     assert_same_bits,
@@ -366,3 +367,19 @@ def test_embeddings_and_the_head_get_adamw_at_lr_times_scale(make):
         adamw.step()
     assert_same_bits([model[0].weight, model[2].weight], others)
     assert optimizer.state[model[1].weight].keys() == {"step", "uid"}
+
+
+@both_dtypes
+@pytest.mark.parametrize("make", [SinkGD, SWAN])
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_a_scale_of_all_gradients_changes_no_bit_of_a_matrix(dtype, make, exponent):
+    """So that clipping their norm and scaling the loss do nothing; a power of two changes no digit."""
+    params, others = make_params(dtype, ("matrix", "strided")), make_params(dtype, ("matrix", "strided"))
+    first, second = make(params), make(others)
+    for step in range(3):
+        set_gradients(params, step)
+        for param, other in zip(params, others, strict=True):
+            other.grad = param.grad * 2.0**exponent
+        first.step()
+        second.step()
+    assert_same_bits(params, others)

@@ -2,7 +2,6 @@
 
 import json
 import math
-import random
 from itertools import count
 
 import pytest
@@ -22,20 +21,9 @@ TINY = [
 PAIR = ["--optimizer", "torch.AdamW", "--compare", "torch.SGD"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads of parallel test processes would wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture
-def train(tmp_path):
+def train(tmp_path, text):
     """Runs the command on a small text; returns its result and its record, None where it wrote none."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(random.Random(0).choices(["low", "memory", "kernels", "train"], k=2000)))
 
     def run(*arguments, out="run"):
         # a folder that is in use is refused

@@ -2,7 +2,6 @@
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -26,10 +25,8 @@ TINY = [
 
 
 @pytest.fixture
-def arguments(tmp_path):
+def arguments(tmp_path, text):
     """The command's arguments: those given, for a small model and text, and the folder for results."""
-    text = tmp_path / "text.txt"
-    text.write_text(" ".join(random.Random(0).choices(["low", "memory", "kernels", "train"], k=2000)))
     return lambda *given, out="run": ["train", *TINY, "--data", str(text), "--out", str(tmp_path / out), *given]
 
 

@@ -4,7 +4,6 @@ import csv
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -49,23 +48,6 @@ CONFIG = loop.TrainConfig(
 #: which fsync is that of the second checkpoint's tensors: after two for the settings and five for the first checkpoint
 IN_SECOND = 8
 NUMBERS = Text(torch.arange(64, dtype=torch.uint8), torch.arange(64, dtype=torch.uint8), "numbers", 1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads of parallel test processes would wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture
-def text(tmp_path):
-    """A small text."""
-    path = tmp_path / "text.txt"
-    path.write_text(" ".join(random.Random(0).choices(["low", "memory", "kernels", "train"], k=2000)))
-    return path
 
 
 def invoke(*arguments, code=0):
