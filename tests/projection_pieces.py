@@ -75,8 +75,6 @@ class Run:
 
     def __init__(self, dialect, shapes, dtype, cut):
         self.rule, self.source = (DIALECTS | BY_CHANNEL)[dialect]
-        # `step_error` allows a part of all that p has moved, in which a decay can cancel with the update
-        self.hyper = {**HYPER, "weight_decay": 0.0} if dialect in BY_CHANNEL else HYPER
         self.cut = cut
         self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
         moment = dtype if dtype is torch.bfloat16 else torch.float32
@@ -97,7 +95,7 @@ class Run:
     def step(self, grads, epoch, backend, pieces=None, **transform):
         apollo_update_(
             self.params, [self.cut(g) for g in grads], *self.moments, self.norms, self.epochs, self.steps,
-            **self.hyper, rule=self.rule, draw=Draw(self.source, SEED, epoch=epoch), pieces=pieces,
+            **HYPER, rule=self.rule, draw=Draw(self.source, SEED, epoch=epoch), pieces=pieces,
             transform=GradTransform(skipped=self.skipped, **transform),
             rounding=Rounding(self.params[0].dtype is torch.bfloat16, seed=5), backend=backend,
         )  # fmt: skip
@@ -154,7 +152,7 @@ def assert_each_step_is_exact(dialect, rows, shapes):
     whole, several, meetings = runs(dialect, rows, shapes, torch.float32, STEPS, "torch")
     expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
     assert [count for _, count in meetings.sums] == [expected] * STEPS
-    options = {**asdict(whole.rule), **whole.hyper, "disable_nl": whole.rule.growth_limit is None}
+    options = {**asdict(whole.rule), **HYPER, "disable_nl": whole.rule.growth_limit is None}
     least = 1.0
 
     def gathered(k, i):

@@ -83,7 +83,9 @@ def step_error(
     relative = ratio(size(error), size(normalized)) + ratio(size(sums), size(r)) + 16 * U
     # the limit passes the error of the norm, at most that of the worst channel, on to all
     relative = relative + np.max(relative, initial=0.0)
-    return relative * np.abs(new[0] - w) + 8 * U * np.abs(w), first_error, second_error
+    # the update without the decay, which can cancel with it
+    update = np.abs(new[0] - w) + o["lr"] * o["weight_decay"] * np.abs(w)
+    return relative * update + 8 * U * np.abs(w), first_error, second_error
 
 
 def ratio(x: Array, y: Array) -> Array:

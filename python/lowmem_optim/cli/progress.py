@@ -38,7 +38,9 @@ class Display(Progress):
             self.update(self.task_ids[-1], completed=taken, figures=figures)
         elif run.validation_loss and run.validation_loss[-1][0] == taken:
             left = timedelta(seconds=round((self.steps - taken) * step_ms / 1e3))
-            print(f"{run.label}  step {taken}/{self.steps}  {figures}  {left} left", file=self.console.file)
+            line = f"{run.label}  step {taken}/{self.steps}  {figures}  {left} left"
+            # a log in a file is read while it grows, and whoever is killed leaves what was printed
+            print(line, file=self.console.file, flush=True)
 
 
 def _figures(run: Run, step_ms: float) -> str:
