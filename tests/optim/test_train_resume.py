@@ -262,6 +262,17 @@ def test_one_at_a_time(tmp_path, text):
     invoke("--resume", tmp_path / "run")
 
 
+def test_a_step_whose_validation_diverges_is_none(tmp_path, monkeypatch):
+    """Neither in the run nor in its log."""
+    (choice,) = (choice for choice in choices().values() if choice.name == "AdamW")
+    losses = iter([5.0, float("nan")])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    run = loop.train(choice, CONFIG, NUMBERS, folder=tmp_path)
+    assert run.status == "diverged"
+    assert run.validation_loss == [(2, 5.0)]
+    assert len(csv_of(tmp_path)) == len(run.training_loss) == len(run.step_ms) == 3
+
+
 def test_without_checkpoints_the_end_is_kept(tmp_path):
     (choice,) = (choice for choice in choices().values() if choice.name == "AdamW")
     saved = []
