@@ -183,8 +183,11 @@ def test_frozen_parameters_have_no_gradients(monkeypatch):
         (("{folder}/text",), "cannot read {folder}/text as JSON"),
         (("{folder}/list.json",), "{folder}/list.json has no 'model_type'; allowed: a config.json of transformers"),
         (("{folder}/alien.json",), "transformers cannot build a model from {folder}/alien.json"),
-        (("no_such:thing",), "model is 'no_such:thing': No module named 'no_such'; allowed: module:callable"),
-        (("json:no_such",), "model is 'json:no_such': module 'json' has no attribute 'no_such'"),
+        (
+            ("no_such:thing",),
+            "model is 'no_such:thing': ModuleNotFoundError: No module named 'no_such'; allowed: ",
+        ),
+        (("json:no_such",), "model is 'json:no_such': AttributeError: module 'json' has no attribute 'no_such'"),
         (("json:dumps",), "json:dumps() on the meta device: TypeError"),
         (("builtins:dict",), "builtins:dict() returned a dict; allowed: a torch.nn.Module"),
         (("torch.nn:ReLU",), "model is 'torch.nn:ReLU', which has no parameters to train; allowed: one that has"),

@@ -244,6 +244,17 @@ def test_one_at_a_time(tmp_path, text):
     invoke("--resume", tmp_path / "run")
 
 
+def test_a_step_whose_validation_diverges_is_none(tmp_path, monkeypatch):
+    """Neither in the run nor in its log."""
+    (choice,) = (choice for choice in choices().values() if choice.name == "AdamW")
+    losses = iter([5.0, float("nan")])
+    monkeypatch.setattr(loop, "evaluate", lambda *_: next(losses))
+    run = loop.train(choice, CONFIG, NUMBERS, folder=tmp_path)
+    assert run.status == "diverged"
+    assert run.validation_loss == [(2, 5.0)]
+    assert len(csv_of(tmp_path)) == len(run.training_loss) == len(run.step_ms) == 3
+
+
 def test_without_checkpoints_the_end_is_kept(tmp_path):
     (choice,) = (choice for choice in choices().values() if choice.name == "AdamW")
     saved = []
@@ -257,7 +268,21 @@ def test_without_checkpoints_the_end_is_kept(tmp_path):
 def test_other_options_are_refused(tmp_path, text, given):
     invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", tmp_path / "run")
     named = ", ".join("--optimizer" if flag == "-o" else flag for flag in given if flag.startswith("-"))
-    assert f"with {named}; allowed: alone" in invoke("--resume", tmp_path / "run", *given, code=2)
+    assert f"with {named}; allowed: --device, --nproc and --sharding" in invoke(
+        "--resume", tmp_path / "run", *given, code=2
+    )
+
+
+def test_on_another_device(tmp_path, text):
+    """One that was named, and is not there any more."""
+    folder = tmp_path / "run"
+    invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["arguments"]["device"] = "cuda:9"
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert "'--device': 'cuda:9' is not available; this machine has cpu" in invoke("--resume", folder, code=2)
+    invoke("--resume", folder, "--device", "cpu")
+    assert json.loads((folder / "record.json").read_text())["config"]["device"] == "cpu"
 
 
 def test_a_folder_without_a_training_or_with_another_text(tmp_path, text):

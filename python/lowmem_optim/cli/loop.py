@@ -256,18 +256,24 @@ def _steps(
         # one step tells, and looking at all parameters again and again takes time
         gradients.remove()
         run.gradient_bytes = max(run.gradient_bytes, gradients.peak)
-        run.training_loss.append(_finite(config.processes.mean(loss.detach()).item()))
-        run.step_ms.append((now(device) - start) * 1e3)
+        training_loss = _finite(config.processes.mean(loss.detach()).item())
+        step_ms = (now(device) - start) * 1e3
+        evaluates = taken % config.eval_every == 0 or taken == config.steps
+        validation_loss = _finite(evaluate(shared, validation, config)) if evaluates else None
+
+        # all at once, so that a step that diverges or is cut short leaves nothing of itself
+        run.training_loss.append(training_loss)
+        run.step_ms.append(step_ms)
         run.optimizer_ms.append((after - before) * 1e3)
         run.state_bytes = state_bytes(optimizer)
+        if validation_loss is not None:
+            run.validation_loss.append((taken, validation_loss))
         if updates is not None:
             total, count = config.processes.mean(updates.sums()).tolist()
             norm = norm if handle is None else handle.grad_norm()
             for values, value in ((run.update_rms, math.sqrt(total / count)), (run.grad_norm, norm)):
                 if value is not None and math.isfinite(value):
                     values.append((taken, float(value)))
-        if taken % config.eval_every == 0 or taken == config.steps:
-            run.validation_loss.append((taken, _finite(evaluate(shared, validation, config))))
         yield model, optimizer
 
 

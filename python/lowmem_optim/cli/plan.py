@@ -101,7 +101,7 @@ def plan_command(
         rows = plan(found, choices, options, setting)
     title = plan_report.title_of(found, setting)
     if to_stdout:
-        typer.echo(plan_report.as_json(found, rows, setting, memory))
+        typer.echo(plan_report.as_json(found, rows, setting, memory), nl=False)
     else:
         plan_report.show(console, title, rows, setting, memory)
         advice = plan_advice.recommendation(found, rows, setting, memory)
@@ -114,7 +114,7 @@ def plan_command(
     if plot is not None:
         plan_plot.draw(plot, rows, title, memory)
     if json is not None and not to_stdout:
-        plan_report.write_json(json, plan_report.as_json(found, rows, setting, memory))
+        json.write_text(plan_report.as_json(found, rows, setting, memory), encoding="utf-8")
     for path in (plot, json):
         if path is not None and not to_stdout:
             console.print(path, soft_wrap=True, highlight=False)

@@ -1,15 +1,14 @@
 """A plan as a table, as one sentence, and as JSON."""
 
-import json
 import re
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_optim.cli.files import json_of
 from lowmem_optim.cli.plan_advice import recommendation
 from lowmem_optim.cli.plan_memory import PARTS, Row, Setting, largest_two
 from lowmem_optim.cli.plan_model import Model
@@ -120,9 +119,4 @@ def as_json(model: Model, rows: list[Row], setting: Setting, gpu: int | None) ->
         "notes": [NOTE, *notes(rows, setting)],
         "recommendation": recommendation(model, rows, setting, gpu),
     }
-    return json.dumps(record, indent=1)
-
-
-def write_json(path: Path, text: str) -> None:
-    """Writes the plan to a file."""
-    path.write_text(text + "\n", encoding="utf-8")
+    return json_of(record)
