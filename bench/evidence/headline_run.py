@@ -1,7 +1,7 @@
 """Trains one model with one optimizer in one way, and measures what it takes: a configuration of the headline section.
 
-`headline.py` runs this, once for each configuration. The record, a JSON file, is written after each measurement, so
-that whatever ends the process leaves what was known before.
+`headline.py` runs this, once for each configuration. The record, a JSON file, is written when one sequence has
+been measured, and after each larger batch, so that whatever ends the process leaves what was known before.
 """
 
 from __future__ import annotations

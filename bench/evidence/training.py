@@ -59,8 +59,8 @@ DRY_MODEL = {**MODEL, "layers": 1, "dim": 32, "context": 16, "batch-size": 2}
 MOST_STEPS, LEAST_STEPS, DRY_STEPS = 1800, 20, 4
 #: To find how long a step takes: steps, and how much longer than AdamW's with validations others may take on average.
 TRIAL_STEPS, MARGIN = 12, 1.35
-#: Seconds to end in after SIGTERM.
-GRACE = 15.0
+#: Seconds to end in after SIGTERM; with less than the others left, an optimizer is not begun.
+GRACE, LEAST_SECONDS = 15.0, 10.0
 ROUNDINGS = ("True", "False")
 FIGURES = ("validation_loss", "validation_loss_bits", "tokens_per_second", "step_ms", "optimizer_ms", "peak_mib")
 
@@ -218,9 +218,13 @@ def main(
         circumstances = {"title": title, "steps": steps, "model": model, "seconds": seconds, **environment(device)}
         for i, recipe in enumerate(recipes):
             left = end - time.monotonic() - GRACE
+            if left < LEAST_SECONDS:
+                rows += rows_of(recipe, [], f"no time left of {seconds:.0f} s")
+                write(out, rows, curves, circumstances)
+                continue
             command = train_command(recipe, steps, model, text, device, trained / recipe.optimizer)
             # half as much again as its share: those after it may need less than theirs
-            limit = max(1.0, min(left, 1.5 * left / (len(recipes) - i)))
+            limit = min(left, 1.5 * left / (len(recipes) - i))
             section = Section(recipe.optimizer, "training", command, limit)
             outcome = run_section(section, folder, limit, inside=True, grace=GRACE)
             keep(trained / recipe.optimizer, folder / recipe.optimizer)

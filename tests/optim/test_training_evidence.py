@@ -332,6 +332,27 @@ def test_a_training_that_fails_is_reported_and_stops_nothing(script, monkeypatch
     assert [path.name for path in (tmp_path / "training" / "AdamW").iterdir()] == ["record.json"]
 
 
+def test_what_was_interrupted_says_why_and_keeps_its_figures(script):
+    training = script("training")
+    run = {"settings": {"stochastic_rounding": "True"}, "status": "interrupted", "training_loss": [1.0]}
+    run |= {"tokens_per_step": 8, "parameters": 5, "wall_seconds": 1.0, "figures": {"step_ms": 3.0}}
+    first, second = training.rows_of(training.RECIPES[0], [run], "not done after 9 s")
+    assert (first["status"], first["reason"], first["step_ms"]) == ("interrupted", "not done after 9 s", 3.0)
+    assert (second["status"], second["reason"], second["step_ms"]) == ("failed", "not done after 9 s", None)
+
+
+def test_without_time_left_no_training_begins(script, monkeypatch, tmp_path):
+    training = script("training")
+    monkeypatch.setattr(training, "corpus", lambda folder, root: None)
+    monkeypatch.setattr(training, "environment", lambda device: {})
+    with pytest.raises(RuntimeError, match=r"^AdamW, .*AdaPM: see"):
+        training.main(tmp_path, steps=100, seconds=20.0)
+    rows = json.loads((tmp_path / "training.json").read_text())["rows"]
+    assert {(row["status"], row["reason"]) for row in rows} == {("failed", "no time left of 20 s")}
+    assert len(rows) == 2 * len(training.RECIPES)
+    assert [*(tmp_path / "training").iterdir()] == []
+
+
 def test_a_trial_that_fails_says_why(script, monkeypatch, tmp_path):
     training = script("training")
     monkeypatch.setattr(training, "train_command", lambda *_, **__: (sys.executable, "-c", "1 / 0"))
