@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from itertools import count
 
 import pytest
@@ -238,6 +239,7 @@ def test_sweep_of_one_argument(train, tmp_path):
     assert [run["lr_source"] for run in record["runs"]] == ["--sweep"] * 6
     assert {lr for (_, lr), run in runs.items() if run["status"] == "diverged"} == {"1e+30"}
     table = (tmp_path / "run" / "table.md").read_text()
+    assert not re.match(r"[\w ]+:", table)  # which readers of Markdown take for metadata
     losses = [runs["torch.SGD", lr]["figures"]["validation_loss"] for lr in ("0.0001", "0.01")]
     assert losses[1] < losses[0]  # so that the mark can be wrong
     assert f"| torch.SGD | {losses[0]:.4f} | **{losses[1]:.4f}** | diverged |" in " ".join(table.split())

@@ -120,7 +120,8 @@ def test_killed_by_sigkill(tmp_path, text):
     assert not (killed / "record.json").exists()
     assert checkpoints.latest(killed / "AdaLomo").name == "step-200"
     (killed / "AdamW" / "step-195.partial").mkdir()
-    invoke("--resume", killed)
+    output = invoke("--resume", killed)
+    assert "AdaLomo 200 of 200 steps are done" in output
     invoke(*options, "--checkpoint-every", "0", "--out", whole)
     assert runs_of(killed) == runs_of(whole)
     assert [path.name for path in killed.glob("AdamW/step-*")] == ["step-200"]

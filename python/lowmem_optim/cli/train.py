@@ -163,6 +163,7 @@ def train_command(
         training = settings.training_of(arguments)
         with blaming("--out"):
             folder = settings.new_folder(out, arguments, training.choices)
+    console.print(train_all.summary(training), highlight=False, markup=False)
     with blaming(None):
         loop.rehearse(training.choices, replace(training.config, processes=ALONE), training.text)
     goes_on = f"lowmem train --resume {folder}  goes on"

@@ -46,7 +46,6 @@ def _train_with_others(rank: int, asked_to_stop: Callable[[], bool], training: T
 
 def _train_all(training: Training, folder: Path, console: Console, asked_to_stop: Callable[[], bool]) -> list[Run]:
     config = training.config
-    console.print(_summary(training), highlight=False, markup=False)
     runs: list[Run] = []
     with Display(console, config.steps) as display:
         for choice in training.choices:
@@ -75,7 +74,7 @@ def report(runs: list[Run], training: Training, folder: Path, console: Console) 
     paths = {name: folder / name for name in ("table.md", "loss.png", "record.json")}
     write_markdown(paths["table.md"], best, training.config, found)
     write_record(paths["record.json"], training.config, training.text, runs)
-    draw(paths["loss.png"], best, _summary(training))
+    draw(paths["loss.png"], best, summary(training))
     if found:
         paths["sweep.png"] = folder / "sweep.png"
         sweep.draw_sweep(paths["sweep.png"], found)
@@ -85,7 +84,8 @@ def report(runs: list[Run], training: Training, folder: Path, console: Console) 
     console.print(every, soft_wrap=True, highlight=False, markup=False)
 
 
-def _summary(training: Training) -> str:
+def summary(training: Training) -> str:
+    """A line: the model, where it is trained, and on what."""
     config, text = training.config, training.text
     count, sharding = config.processes.count, config.processes.sharding
     where = config.device if count == 1 else f"{count} processes with {sharding}, {config.device}"
