@@ -134,7 +134,7 @@ def train_command(
         Path | None,
         option(
             PLACE,
-            "Go on where the training in this folder stopped, with its options but for --device, --nproc and --sharding.",
+            "Go on where the training in this folder stopped. --device, --nproc and --sharding may be others.",
             metavar="FOLDER",
         ),
     ] = None,
