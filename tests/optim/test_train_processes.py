@@ -86,16 +86,16 @@ def test_copies_have_the_losses_of_one_process(train):
 
 def test_going_on_in_as_many_processes_or_one(train, tmp_path):
     """With a constant rate, the first steps of a training do not know how many will follow."""
-    options = ["-o", "adalomo", "--nproc", "2", "--schedule", "constant", "--warmup", "0"]
+    options = ["-o", "adalomo", "--nproc", "2", "--sharding", "fsdp2", "--schedule", "constant", "--warmup", "0"]
     options += ["--log-every", "1", "--eval-every", "1"]
     _, whole = train(*options, "--steps", "5")
     train(*options, "--steps", "3", out="2")
     shutil.copytree(tmp_path / "2", tmp_path / "1")
     for nproc in ("2", "1"):
         settings = json.loads((tmp_path / nproc / "settings.json").read_text())
-        settings["arguments"] |= {"steps": 5, "nproc": int(nproc)}
+        settings["arguments"]["steps"] = 5
         (tmp_path / nproc / "settings.json").write_text(json.dumps(settings))
-        result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / nproc)])
+        result = CliRunner().invoke(app, ["train", "--resume", str(tmp_path / nproc), "--nproc", nproc])
         assert result.exit_code == 0, result.output
         record = json.loads((tmp_path / nproc / "record.json").read_text())
         if nproc == "1":

@@ -286,7 +286,21 @@ def test_without_checkpoints_the_end_is_kept(tmp_path):
 def test_other_options_are_refused(tmp_path, text, given):
     invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", tmp_path / "run")
     named = ", ".join("--optimizer" if flag == "-o" else flag for flag in given if flag.startswith("-"))
-    assert f"with {named}; allowed: alone" in invoke("--resume", tmp_path / "run", *given, code=2)
+    assert f"with {named}; allowed: --device, --nproc and --sharding" in invoke(
+        "--resume", tmp_path / "run", *given, code=2
+    )
+
+
+def test_on_another_device(tmp_path, text):
+    """One that was named, and is not there any more."""
+    folder = tmp_path / "run"
+    invoke(*TINY, "--steps", "1", "-o", "lomo", "--data", text, "--out", folder)
+    settings = json.loads((folder / "settings.json").read_text())
+    settings["arguments"]["device"] = "cuda:9"
+    (folder / "settings.json").write_text(json.dumps(settings))
+    assert "'--device': 'cuda:9' is not available; this machine has cpu" in invoke("--resume", folder, code=2)
+    invoke("--resume", folder, "--device", "cpu")
+    assert json.loads((folder / "record.json").read_text())["config"]["device"] == "cpu"
 
 
 def test_a_folder_without_a_training_or_with_another_text(tmp_path, text):

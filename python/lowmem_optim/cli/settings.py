@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
@@ -78,8 +79,8 @@ def write_settings(folder: Path, arguments: dict[str, Any], training: Training) 
     write_whole(folder / FILE, json.dumps({"arguments": arguments, "text": _fingerprint(training.text)}, indent=1))
 
 
-def read_settings(folder: Path) -> tuple[dict[str, Any], Training]:
-    """The arguments that a folder keeps, and what they ask for.
+def read_settings(folder: Path, instead: Mapping[str, Any]) -> Training:
+    """What the arguments that a folder keeps ask for, with others instead of some.
 
     Raises ValueError where there are none, or where the text has changed.
     """
@@ -90,13 +91,15 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Training]:
     except ValueError as error:
         raise ValueError(f"{folder / FILE} is not JSON: {error}") from error
     try:
-        arguments, fingerprint = kept["arguments"], kept["text"]
+        arguments, fingerprint = {**kept["arguments"], **instead}, kept["text"]
+        if instead.get("nproc") == 1 and "sharding" not in instead:  # that of several processes
+            arguments["sharding"] = None
         training = training_of(arguments)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{folder / FILE} is not that of this version of lowmem train: {error!r}") from error
     if fingerprint != _fingerprint(training.text):
         raise ValueError(f"{training.text.source} is not the text that the training in {folder} began with")
-    return arguments, training
+    return training
 
 
 def _fingerprint(text: Text) -> str:

@@ -3,7 +3,7 @@
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -16,6 +16,8 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
 #: options that are not those of the training itself
 NOT_KEPT = {"defaults", "out", "resume"}
+#: options that may be others when a training goes on, since its losses do not depend on them but for rounding
+WHERE = {"device", "nproc", "sharding"}
 COMPARED, MODEL, TRAINING, PLACE = "Optimizers", "Model and text", "Training", "Device and files"
 
 
@@ -130,7 +132,11 @@ def train_command(
     ] = 50,
     resume: Annotated[
         Path | None,
-        option(PLACE, "Go on where the training in this folder stopped, with its options.", metavar="FOLDER"),
+        option(
+            PLACE,
+            "Go on where the training in this folder stopped; --device, --nproc and --sharding may be others.",
+            metavar="FOLDER",
+        ),
     ] = None,
 ) -> None:
     """Train a small language model with several optimizers, and compare loss, memory and time.
@@ -148,13 +154,12 @@ def train_command(
     if defaults:
         _show_defaults(console)
         return
+    arguments = {name: value for name, value in command.params.items() if name not in NOT_KEPT}
     if resume is not None:
         with blaming("--resume"):
-            _refuse_others(command, resume)
-            arguments, training = settings.read_settings(resume)
+            training = settings.read_settings(resume, _where_to_resume(command, resume))
         folder = resume
     else:
-        arguments = {name: value for name, value in command.params.items() if name not in NOT_KEPT}
         training = settings.training_of(arguments)
         with blaming("--out"):
             folder = settings.new_folder(out, arguments, training.choices)
@@ -183,12 +188,16 @@ def train_command(
         raise typer.Exit(ALL_DIVERGED)
 
 
-def _refuse_others(command: typer.Context, folder: Path) -> None:
+def _where_to_resume(command: typer.Context, folder: Path) -> dict[str, Any]:
+    """Those of `WHERE` that were given, by name; raises ValueError for others, which the folder keeps."""
     sources = {name: command.get_parameter_source(name) for name in command.params}
-    given = [name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    others = ", ".join(f"--{name.replace('_', '-')}" for name in given if name != "resume")
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    others = ", ".join(f"--{name.replace('_', '-')}" for name in command.params if name in given - WHERE - {"resume"})
     if others:
-        raise ValueError(f"{folder} with {others}; allowed: alone, since the folder keeps all options")
+        raise ValueError(
+            f"{folder} with {others}; allowed: --device, --nproc and --sharding; the folder keeps the others"
+        )
+    return {name: command.params[name] for name in given & WHERE}
 
 
 def _show_defaults(console: Console) -> None:
