@@ -134,7 +134,7 @@ def train_command(
         Path | None,
         option(
             PLACE,
-            "Go on where the training in this folder stopped; --device, --nproc and --sharding may be others.",
+            "Go on where the training in this folder stopped. --device, --nproc and --sharding may be others.",
             metavar="FOLDER",
         ),
     ] = None,
