@@ -77,7 +77,7 @@ def test_python_runs(page, tmp_path, monkeypatch, capsys):
         if block.not_run is None:
             exec(code, namespace)
             printed = capsys.readouterr().out
-            if printed and block.output is not None:
+            if block.output is not None:
                 same = doctest.OutputChecker().check_output(block.output, printed, doctest.ELLIPSIS)
                 assert same, f"{page}:{block.line} prints\n{printed}\nand says\n{block.output}"
 

@@ -103,6 +103,17 @@ def test_going_on_in_as_many_processes_or_one(train, tmp_path):
                 assert run[key] == expected[key], key
 
 
+def test_a_second_ctrl_c_says_how_to_go_on(train, tmp_path, monkeypatch):
+    """It is raised where the first process waits for the others."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowmem_optim.cli.train_all.run_in", interrupt)
+    output, _ = train("--steps", "2", "-o", "lomo", "--nproc", "2", code=130)
+    assert output.endswith(f"lowmem train --resume {tmp_path / 'run'} goes on")
+
+
 def test_an_optimizer_that_takes_no_shards(train):
     output, record = train("--steps", "2", "-o", "torch.Adafactor", "--nproc", "2", code=2)
     assert "'--sharding': fsdp2 with torch.Adafactor: aten." in output

@@ -179,6 +179,9 @@ def train_command(
             train_all.report(runs, training, folder, console)
     except RefusedError as error:
         raise typer.BadParameter(str(error), param_hint="'--sharding'") from error
+    except KeyboardInterrupt as error:  # a second one, where several processes were stopped at once
+        console.print(goes_on, soft_wrap=True, highlight=False, markup=False)
+        raise typer.Exit(INTERRUPTED) from error
     except (OSError, RuntimeError) as error:  # no space on the disk, no memory, a process that has ended
         console.print(f"{error}\n{goes_on}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(FAILED) from error
