@@ -80,6 +80,10 @@ class RefusedError(ValueError):
     """Some process cannot do what is asked for; the message says all there is to say."""
 
 
+class ProcessFailedError(RuntimeError):
+    """A process has raised, or ended; the message has its traceback."""
+
+
 def check_processes(count: int, batch_size: int, device: str) -> None:
     """Raises ValueError unless the batch can be shared out and every process has a device of its own."""
     if batch_size % count:
@@ -97,7 +101,7 @@ def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -
     """Returns what ``work(rank, asked_to_stop, *arguments)`` returns in the first of processes that form a group.
 
     They all call ``asked_to_stop()`` now and then, which is true in all of them after `hearing` has heard something. A
-    second Ctrl-C stops them at once. Where one fails, the others are stopped, and RuntimeError says what it said, or
+    second Ctrl-C stops them at once. Where one fails, the others are stopped, and ProcessFailedError says what it said, or
     RefusedError where it raised that.
     """
     interrupted = multiprocessing.get_context("spawn").Event()
@@ -111,7 +115,7 @@ def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -
             refusal = Path(folder, f"refusal-{error.error_index}")
             if refusal.exists():
                 raise RefusedError(refusal.read_text(encoding="utf-8")) from error
-            raise RuntimeError(f"a process has failed: {str(error).strip()}") from error
+            raise ProcessFailedError(f"a process has failed: {str(error).strip()}") from error
         finally:
             for process in context.processes:
                 process.kill()

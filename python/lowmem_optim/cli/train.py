@@ -148,7 +148,7 @@ def train_command(
     # here rather than above, so that `lowmem --help` need not wait for torch
     from lowmem_optim.cli import checkpoints, loop, settings, train_all
     from lowmem_optim.cli.files import alone_in
-    from lowmem_optim.cli.processes import ALONE, RefusedError
+    from lowmem_optim.cli.processes import ALONE, ProcessFailedError, RefusedError
 
     console = Console()
     if defaults:
@@ -182,7 +182,7 @@ def train_command(
     except KeyboardInterrupt as error:  # a second one, where several processes were stopped at once
         console.print(goes_on, soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(INTERRUPTED) from error
-    except (OSError, RuntimeError) as error:  # no space on the disk, no memory, a process that has ended
+    except (OSError, ProcessFailedError) as error:  # no space on the disk, say
         console.print(f"{error}\n{goes_on}", style="red", soft_wrap=True, highlight=False, markup=False)
         raise typer.Exit(FAILED) from error
     if len(runs) < len(training.choices) or runs[-1].status == "interrupted":

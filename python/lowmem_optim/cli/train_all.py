@@ -23,7 +23,7 @@ from lowmem_optim.cli.settings import Training
 def train_all(training: Training, folder: Path, console: Console) -> list[Run]:
     """A run for each optimizer, up to the one that was interrupted.
 
-    Raises RefusedError for what the others refuse, and RuntimeError where one has failed.
+    Raises RefusedError for what the others refuse, and ProcessFailedError where one has failed.
     """
     processes = training.config.processes
     if processes.count > 1:
