@@ -101,8 +101,8 @@ def run_in(count: int, device: str, work: Callable[..., Any], *arguments: Any) -
     """Returns what ``work(rank, asked_to_stop, *arguments)`` returns in the first of processes that form a group.
 
     They all call ``asked_to_stop()`` now and then, which is true in all of them after `hearing` has heard something. A
-    second Ctrl-C stops them at once. Where one fails, the others are stopped, and ProcessFailedError says what it said, or
-    RefusedError where it raised that.
+    second Ctrl-C stops them at once. Where one fails, the others are stopped, and ProcessFailedError says what it said,
+    or RefusedError where it raised that.
     """
     interrupted = multiprocessing.get_context("spawn").Event()
     with tempfile.TemporaryDirectory() as folder, hearing(interrupted):
