@@ -45,23 +45,33 @@ def moments_are_cut(shape, rule):
     return sides.right or not sides.projected
 
 
-def numbers_summed(shape, rule):
-    """How many numbers the sum over processes has of such matrices."""
+def numbers_summed(shape, rule, backend):
+    """How many numbers of such matrices each sum over processes has, of which the reference takes one."""
     sides = sides_of(shape, rule.rank, rule.proj_type, False)
+    channels, tensor = sides.matrices * sides.channels, rule.scale_type == "tensor"
     if sides.projected and not sides.right:
-        return sides.matrices * sides.channels * (sides.rank + 1)
-    if rule.scale_type == "tensor":
-        return sides.matrices * 3
-    return sides.matrices * (2 if sides.right else 3 * sides.channels)
+        if backend == "torch":
+            return (channels * (sides.rank + 1),)
+        # projections start at multiples of 4, and each parameter has its sum of squares
+        return (-(-channels * sides.rank // 4) * 4 + channels + 1, 0)
+    if backend == "torch":
+        return (sides.matrices * 3 if tensor else sides.matrices * 2 if sides.right else 3 * channels,)
+    if tensor or sides.right:
+        return (1, sides.matrices * (3 if tensor else 1))
+    return (1 + channels, sides.matrices + 2 * channels)
+
+
+def as_it_is(tensor):
+    return tensor
 
 
 class Run:
     """Parameters with their states, in one process, which has all rows of them or some."""
 
-    def __init__(self, dialect, shapes, dtype, cut):
+    def __init__(self, dialect, shapes, dtype, cut, arrange):
         self.rule, self.source = DIALECTS[dialect]
-        self.cut = cut
-        self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
+        self.cut = lambda tensor: arrange(cut(tensor))
+        self.params = [self.cut(p) for p in random_tensors(shapes, dtype, 0)]
         moment = dtype if dtype is torch.bfloat16 else torch.float32
         self.moments = [[], []]
         for moments in self.moments:
@@ -82,15 +92,21 @@ class Run:
         )  # fmt: skip
 
 
-def runs(dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, **transform):
-    """(the run of one process, those of several, their meetings). Projections are redrawn in every seventh step."""
+def runs(
+    dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, arrange=as_it_is, redraw=7,
+    **transform,
+):  # fmt: skip
+    """(the run of one process, those of several, their meetings). Tensors lie in memory as ``arrange`` returns them.
+
+    Projections are redrawn every ``redraw`` steps.
+    """
 
     def all_steps(run, pieces):
         for step in range(steps):
             grads = change(step, random_tensors(shapes, dtype, step + 1))
-            run.step(grads, 1 + step // 7, backend, pieces, **transform)
+            run.step(grads, 1 + step // redraw, backend, pieces, **transform)
 
-    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
+    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut, arrange), all_steps)
 
 
 def assert_same(rows, shapes, whole, several, steps, counts):
@@ -111,12 +127,12 @@ def assert_same(rows, shapes, whole, several, steps, counts):
             assert int(run.steps[i]) == counts[i]
 
 
-def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):
-    """In float32, and with one sum in a step."""
-    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, STEPS, backend)
-    assert_same(rows, shapes, whole, several, STEPS, [STEPS] * len(shapes))
-    expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
-    assert [count for _, count in meetings.sums] == [expected] * STEPS
+def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend, steps=STEPS, arrange=as_it_is):
+    """In float32, and with one sum in a step, or two of the kernels."""
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, steps, backend, arrange=arrange)
+    assert_same(rows, shapes, whole, several, steps, [steps] * len(shapes))
+    totals = [sum(counts) for counts in zip(*[numbers_summed(s, whole.rule, backend) for s in shapes], strict=True)]
+    assert [count for _, count in meetings.sums] == [total for total in totals if total] * steps
 
 
 def assert_bad_rows_stop_all(dialect, bad, backend, **transform):

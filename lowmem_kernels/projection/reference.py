@@ -11,10 +11,10 @@ from torch import Tensor
 from ..blocks import found_inf, read_gradient, row_blocks, store_, sum_is_finite
 from ..lines import as_matrices
 from ..options import GradTransform, Rounding
-from ..pieces import RowPieces, RowPlace, lockstep
+from ..pieces import RowPieces, lockstep
 from ..rounding import stream_key
 from ..shards import Shard
-from .draw import projection_of
+from .draw import places_of, projection_of
 from .rule import (
     NORM_EPS,
     TINY_NORM,
@@ -62,7 +62,7 @@ def apollo_update_(
         projection = projection_of(whole, draw, uids[i], x.grad.device)
         summed = pieces is not None and whole.projected and not whole.right
         if pieces is not None and summed:
-            projection = _places_of(projection, pieces.places[i], sides.contracted)
+            projection = places_of(projection, pieces.places[i], sides.contracted)
         projected, squares = x.project(projection)
         if summed:
             projected, squares = yield from _summed(projected, squares)
@@ -225,12 +225,6 @@ class _X:
         if self.transform.clip_value is not None and self.transform.skip_nonfinite:
             return torch.where(unscaled.isfinite(), g, math.nan)  # what clipping would hide
         return g
-
-
-def _places_of(projection: Tensor, place: RowPlace, count: int) -> Tensor:
-    """Return the columns of P that belong to the rows that are here."""
-    index = torch.arange(count, device=projection.device)
-    return projection[:, place.first + index // place.run * place.distance + index % place.run]
 
 
 def _summed(*parts: Tensor) -> Generator[Tensor, None, list[Tensor]]:

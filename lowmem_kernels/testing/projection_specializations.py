@@ -57,7 +57,7 @@ def projection_cases(warp_size: int) -> Iterator[CompileCase]:
         constexprs: dict[str, Any] = {
             "PARAM": _DTYPES[dtype], "GRAD": _DTYPES[dtype], "STATE": tl.float32, "ALIGNED": route.layout.aligned,
             "STRIDED": route.layout.strided, "STOCHASTIC": dtype == "bf16", "SKIP_NONFINITE": True,
-            "TENSOR": rank == 1, "LIMIT": True, "clip_value": None,
+            "TENSOR": rank == 1, "LIMIT": True, "clip_value": None, "sums_ptr": None,
             **{key: value for key, value in arguments.items() if key.isupper()}, "OPERAND": operand,
         }  # fmt: skip
         yield CompileCase(
@@ -77,7 +77,7 @@ def draw_case() -> CompileCase:
         name="projection-bf16-aligned",
         kernel=_projection_kernel,
         signature={**pointers, "key": "i64", "length": "i32", "tag": "i32"},
-        constexprs={"SIGNS": False, "BLOCK": DRAW_BLOCK},
+        constexprs={"SIGNS": False, "BLOCK": DRAW_BLOCK, **dict.fromkeys(("first_row", "run", "distance"))},
         divisible_by_16=tuple(pointers),
         options={"num_warps": DRAW_WARPS, "enable_fp_fusion": False},
     )

@@ -1,12 +1,19 @@
-"""The projection kernels do not take matrices whose rows are in several processes, and say so."""
+"""The projection kernels on matrices whose rows are in several processes, against the same in one."""
 
 import pytest
-import torch
 
-from pieces import Rows
-from projection_pieces import runs
+from projection_pieces import (
+    assert_bad_rows_stop_all,
+    assert_noise_is_that_of_the_whole,
+    assert_pieces_do_what_the_whole_does,
+    each_cut,
+    each_dialect,
+)
+
+STEPS = 3
 
 
-def test_kernels_refuse_pieces():
-    with pytest.raises(ValueError, match=r"there are pieces and the backend is 'triton'; allowed: backend='torch'"):
-        runs("rank_4", Rows(2), [(8, 4)], torch.float32, 1, "triton")
+@each_dialect
+@each_cut
+def test_pieces_do_what_the_whole_does(dialect, rows, shapes):
+    assert_pieces_do_what_the_whole_does(dialect, rows, shapes, "triton", STEPS)

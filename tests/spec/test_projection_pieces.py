@@ -59,6 +59,5 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("triton", [False, True])
-def test_what_takes_pieces(conv, triton):
-    assert takes_pieces(ApolloRule(conv=conv), triton) == (not conv and not triton)
+def test_what_takes_pieces(conv):
+    assert takes_pieces(ApolloRule(conv=conv)) == (not conv)
