@@ -127,9 +127,9 @@ def assert_same(rows, shapes, whole, several, steps, counts):
             assert int(run.steps[i]) == counts[i]
 
 
-def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend, steps=STEPS, arrange=as_it_is):
+def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend, steps=STEPS, **how):
     """In float32, and with one sum in a step, or two of the kernels."""
-    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, steps, backend, arrange=arrange)
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, steps, backend, **how)
     assert_same(rows, shapes, whole, several, steps, [steps] * len(shapes))
     totals = [sum(counts) for counts in zip(*[numbers_summed(s, whole.rule, backend) for s in shapes], strict=True)]
     assert [count for _, count in meetings.sums] == [total for total in totals if total] * steps
@@ -148,6 +148,19 @@ def assert_bad_rows_stop_all(dialect, bad, backend, **transform):
     whole, several, _ = runs(dialect, rows, shapes, torch.float32, steps, backend, change, **transform)
     assert_same(rows, shapes, whole, several, steps, [steps - 1] * 3 + [steps] * 2)
     assert [int(run.skipped) for run in (whole, *several)] == [3] * 3
+
+
+def assert_found_inf_stops_all(dialect, backend):
+    """An overflow that processes have agreed on: nothing moves, and no collective is left out."""
+    rows, shapes = Rows(2), [(40, 24), (8, 70), (4, 300)]
+    found_inf = torch.ones(())
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, 1, backend, found_inf=found_inf)
+    for run in (whole, *several):
+        for tensors in (*run.moments, run.norms, run.epochs, run.steps):
+            assert not any(t.any() for t in tensors)
+    for i, start in enumerate(random_tensors(shapes, torch.float32, 0)):
+        assert torch.equal(rows.gathered([run.params[i] for run in several], start), start)
+    assert len(meetings.sums) == (0 if backend == "torch" else 2)
 
 
 def assert_noise_is_that_of_the_whole(dialect, rows, shapes, backend):
