@@ -103,8 +103,9 @@ def projections_of(
         shared = [side.projected and is_shared(side, draw.source) for side in sides]
         # a graph has its own, which no other launch draws anew
         bank_of = cache(_shared_bank.__wrapped__) if capturing else _shared_bank
+        stream = stream_id(device)
         found = [
-            bank_of(side.contracted, side.rank, draw.source, draw.seed, device, stream_id(device), part) if has else None
+            bank_of(side.contracted, side.rank, draw.source, draw.seed, device, stream, part) if has else None
             for side, has, part in zip(sides, shared, parts, strict=True)
         ]
         banks = dict.fromkeys(bank for bank in found if bank is not None)

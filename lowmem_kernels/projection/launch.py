@@ -278,11 +278,11 @@ def _finish(
     """Launch what follows the moments of pieces: a program for each parameter."""
     table = uploaded(params, schedule, schedule.values)
     pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
+    taken = taken_by(_apollo_finish_kernel, arguments)
     with launching_on(params[0].device):
         _apollo_finish_kernel[(len(schedule.members),)](
-            table, pointers, scratch, sums, rows_start=schedule.rows_start, **taken_by(_apollo_finish_kernel, arguments),
-            num_warps=4, enable_fp_fusion=False,
-        )  # fmt: skip
+            table, pointers, scratch, sums, rows_start=schedule.rows_start, **taken, num_warps=4, enable_fp_fusion=False
+        )
 
 
 def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str) -> dict[str, Any]:

@@ -58,8 +58,8 @@ def apply_tile(
                         start = (start + rows_in_whole(at, lines, FIRST_ROW))[:, None] * length
                         lane = places[None, :]
                     else:
-                        start = (start + rows_in_whole(at, places, FIRST_ROW))[None, :] * count
-                        lane = lines[:, None]
+                        start = (start + rows_in_whole(at, places, FIRST_ROW))[None, :] * count + lines[:, None]
+                        lane = None
                 elif RIGHT:
                     start += lines.to(tl.int64)[:, None] * length
                     lane = places[None, :]
