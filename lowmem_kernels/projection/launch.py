@@ -203,8 +203,7 @@ def _launch(
     facts = device_facts(device)
     places, sizes, order = None, (0, 0), plan_order(facts)
     if pieces is not None:
-        shapes = [tuple(p.shape) for p in params]
-        places, sizes = pieces_of(shapes, pieces, work, arguments["TENSOR"])
+        places, sizes = _pieces(params, pieces, work, arguments["TENSOR"])
         order = TOGETHER
     projections, source, draw_keys = None, "gaussian", (0,) * len(params)
     epoch: int | Tensor = 0
@@ -312,6 +311,15 @@ def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str)
         "APPLY_PLACES": route.apply_tile.cols,
         **plan.options(),
     }
+
+
+def _pieces(
+    params: Sequence[Tensor], pieces: RowPieces, work: Work, tensor: bool
+) -> tuple[tuple[Piece, ...], tuple[int, int]]:
+    def make() -> tuple[tuple[Piece, ...], tuple[int, int]]:
+        return pieces_of([tuple(p.shape) for p in params], pieces, work, tensor)
+
+    return remembered([params], ("pieces", pieces.rows, pieces.places, work, tensor), make)
 
 
 def _sides(
