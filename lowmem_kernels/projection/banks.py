@@ -26,10 +26,10 @@ _captured: list[Bank] = []
 
 
 class Part(NamedTuple):
-    """Which of a parameter's contracted elements are here: so many rows of a piece."""
+    """Which of a parameter's contracted elements are here: the rows of a piece, and how many."""
 
     place: RowPlace
-    count: int
+    rows: int
 
 
 class Bank:
@@ -38,7 +38,7 @@ class Bank:
     def __init__(
         self, sides: Sides, source: str, key: int, tag: int, device: torch.device, part: Part | None = None
     ) -> None:
-        count = sides.contracted if part is None else part.count
+        count = sides.contracted if part is None else part.rows
         self.values = torch.empty(sides.rank, count, dtype=torch.bfloat16, device=device)
         self._source, self._key, self._tag = source, key, tag
         self._place = (None, None, None) if part is None else part.place
