@@ -111,9 +111,10 @@ def _projection_kernel(
             return
     first = tl.program_id(0) * BLOCK
     row = tl.program_id(1)
-    place = first + tl.arange(0, BLOCK)
     if run is None:
         drawn = entries(key, first // 4 + tl.arange(0, BLOCK // 4), row, now, tag, SIGNS)
     else:
-        drawn = entries_at(key, first_row + place // run * distance + place % run, row, now, tag, SIGNS)
+        here = first + tl.arange(0, BLOCK)
+        drawn = entries_at(key, first_row + here // run * distance + here % run, row, now, tag, SIGNS)
+    place = first + tl.arange(0, BLOCK)
     tl.store(projection_ptr + row.to(tl.int64) * length + place, drawn.to(tl.bfloat16), mask=place < length)
