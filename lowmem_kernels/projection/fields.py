@@ -21,14 +21,13 @@ FIELDS = (
     "channel_scale",  # matrices x channels
     "sums",  # matrices x moment_groups x 3: of |R~|^2, |R|^2, and the squared norm of what moves the parameter
     "factor",  # matrices: what multiplies lr and the channels' scales
-    "ok",  # 1 where the parameter is to be updated
-    # of a piece: rows of the whole matrices, and which of them are here (see pieces.RowPlace); where what is added up
-    # over processes starts in the sums: its sum of squares, and that of matrices, see `schedule.pieces_of`
+    "ok",  # 1 where the parameter is to be updated; of a piece its sum of squares, in the sums
+    # of a piece: rows of the whole matrices, which of them are here (see pieces.RowPlace), and where sums over its
+    # moments start in the sums, see `schedule.pieces_of`
     "whole_rows",
     "first_row",
     "run",
     "distance",
-    "squares_sum",
     "matrix_sums",
 )
 

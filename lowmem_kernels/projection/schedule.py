@@ -99,7 +99,7 @@ class Piece(NamedTuple):
     place: RowPlace
     projected: int | None
     squares: int | None
-    squares_sum: int | None
+    ok: int | None
     matrix_sums: int | None
 
 
@@ -252,7 +252,7 @@ class _Row(Row):
             "ok": 1,
         }
         projected = vectors(matrices * lines * sides.rank) if route.mode != "none" and 0 in work.phases else 0
-        summed = {} if piece is None else {name: getattr(piece, name) for name in ("projected", "squares")}
+        summed = {} if piece is None else {name: getattr(piece, name) for name in ("projected", "squares", "ok")}
         summed = {name: start for name, start in summed.items() if start is not None}
         sizes = {name: size for name, size in sizes.items() if name not in summed}
         if "projected" in summed:
@@ -285,14 +285,13 @@ class _Row(Row):
 def _piece_fields(piece: Piece | None) -> dict[str, int]:
     """What a parameter's row says of the rows that are here, and where the sums over processes of it start."""
     if piece is None:
-        return dict.fromkeys(("whole_rows", "first_row", "run", "distance", "squares_sum", "matrix_sums"), 0)
+        return dict.fromkeys(("whole_rows", "first_row", "run", "distance", "matrix_sums"), 0)
     first, run, distance = piece.place
     return {
         "whole_rows": piece.rows,
         "first_row": first,
         "run": run,
         "distance": distance,
-        "squares_sum": piece.squares_sum or 0,
         "matrix_sums": piece.matrix_sums or 0,
     }
 

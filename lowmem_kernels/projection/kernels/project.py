@@ -7,7 +7,7 @@ from ...field_fragments import by_fours, field, field32, rows_in_whole, scratch,
 from ...fragments import is_finite
 from ...line_fragments import GROUPS, LENGTH, LINES, lines_of, matrices_of, matrix, offsets
 from ..draw import OWN as _OWN
-from .constants import DRAW_KEY, FIRST_ROW, OK, PROBE, PROBES, PROJECTED, RANK, SQUARES, SQUARES_SUM
+from .constants import DRAW_KEY, FIRST_ROW, OK, PROBE, PROBES, PROJECTED, RANK, SQUARES
 from .draw import entries, entries_at
 
 OWN = tl.constexpr(_OWN)
@@ -175,7 +175,7 @@ def project_tile(
 def finish_projection(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
     """What the last ticket of the first read does: say whether the parameter is to be updated, or leave its sum."""
     if sums_ptr is not None:
-        tl.store(sums_ptr + field(at, SQUARES_SUM), sum_of(scratch(at, PROBE), field32(at, PROBES)))
+        tl.store(sums_ptr + field(at, OK), sum_of(scratch(at, PROBE), field32(at, PROBES)))
     elif SKIP_NONFINITE:
         total = sum_of(scratch(at, PROBE), field32(at, PROBES))
         tl.store(scratch(at, OK), tl.where(is_finite(total), 1.0, 0.0))
@@ -191,5 +191,5 @@ def is_usable(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
     else:
         ok = tl.full((), 1.0, tl.float32)
         if SKIP_NONFINITE:
-            ok = tl.where(is_finite(tl.load(sums_ptr + field(at, SQUARES_SUM))), 1.0, 0.0)
+            ok = tl.where(is_finite(tl.load(sums_ptr + field(at, OK))), 1.0, 0.0)
         return ok
