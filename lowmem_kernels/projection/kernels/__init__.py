@@ -8,7 +8,7 @@ whose rows are in several processes, each phase is a launch, and what is in the 
 import triton
 import triton.language as tl
 
-from ...field_fragments import column_address, field
+from ...field_fragments import column_address, field, scratch
 from ...fragments import count_skipped, one_minus_power, scalar_or, stream_key
 from ...line_fragments import KEY
 from ...ticket_fragments import OWNER, PHASE, arrive, complete, find_segment, take_ticket, wait_for_earlier
@@ -18,6 +18,7 @@ from .constants import (
     EPOCH_COLUMN,
     FIELDS_SIZE,
     G_COLUMN,
+    OK,
     P_COLUMN,
     PROJECTION_COLUMN,
     SCALE_COLUMN,
@@ -84,7 +85,10 @@ def _apollo_kernel(
     ok = 1.0
     if READ:
         if phase > 0:
-            ok = is_usable(at, sums_ptr, SKIP_NONFINITE)
+            if sums_ptr is None:
+                ok = tl.load(scratch(at, OK), cache_modifier=".cg")
+            else:
+                ok = is_usable(at, sums_ptr, SKIP_NONFINITE)
         else:
             project_tile(
                 at, found, ticket, g_ptr, column_address(address_ptr, PROJECTION_COLUMN, PROJECTION, LENGTH_BY_8),

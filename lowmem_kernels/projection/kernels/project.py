@@ -185,11 +185,8 @@ def finish_projection(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
 
 @triton.jit
 def is_usable(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
-    """1 where the parameter is to be updated: as the first read has left it, or as the sum over processes says."""
-    if sums_ptr is None:
-        return tl.load(scratch(at, OK), cache_modifier=".cg")
-    else:
-        ok = tl.full((), 1.0, tl.float32)
-        if SKIP_NONFINITE:
-            ok = tl.where(is_finite(tl.load(sums_ptr + field(at, OK))), 1.0, 0.0)
-        return ok
+    """1 where a parameter in pieces is to be updated, as its sum of squares over processes says."""
+    ok = tl.full((), 1.0, tl.float32)
+    if SKIP_NONFINITE:
+        ok = tl.where(is_finite(tl.load(sums_ptr + field(at, OK))), 1.0, 0.0)
+    return ok
