@@ -53,7 +53,8 @@ def test_fits_in_registers(target, name):
         # 128 of the registers are sums; what is put aside is used once in a tile of 128 channels
         assert report.stack_bytes <= 512, report
     else:
-        assert report.stack_bytes <= (8 if IS_OLDEST else 0), report
+        # of pieces two numbers of what does not fit into 128 registers, outside of all loops
+        assert report.stack_bytes <= (8 if IS_OLDEST or "pieces" in name else 0), report
     assert report.programs >= (1 if flags.get("MODE") == "dot" or "misaligned" in name else 2), report
 
 

@@ -55,10 +55,11 @@ def apply_tile(
                 if PIECES:
                     start = e.to(tl.int64) * field(at, WHOLE_ROWS)
                     if RIGHT:
-                        start = (start + rows_in_whole(at, lines, FIRST_ROW))[:, None] * length + places[None, :]
+                        start = ((start + rows_in_whole(at, lines, FIRST_ROW)) * length)[:, None]
+                        lane = places[None, :]
                     else:
                         start = (start + rows_in_whole(at, places, FIRST_ROW))[None, :] * count + lines[:, None]
-                    lane = None
+                        lane = None
                 elif RIGHT:
                     start += lines.to(tl.int64)[:, None] * length
                     lane = places[None, :]
