@@ -28,7 +28,7 @@ from .draw import draw_key, key_of, torch_projection
 from .fields import COLUMNS, FIELDS
 from .kernels import _apollo_finish_kernel, _apollo_kernel
 from .rule import ApolloRule, Draw, Sides, channel_shape, moment_shape, projected_scale, sides_of
-from .schedule import Piece, ProjectionSchedule, Route, Work, pieces_of, schedules_of
+from .schedule import ProjectionPiece, ProjectionSchedule, Route, Work, pieces_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -315,15 +315,15 @@ def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str)
 
 def _pieces(
     params: Sequence[Tensor], pieces: RowPieces, work: Work, tensor: bool
-) -> tuple[tuple[Piece, ...], tuple[int, int]]:
-    def make() -> tuple[tuple[Piece, ...], tuple[int, int]]:
+) -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
+    def make() -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
         return pieces_of([tuple(p.shape) for p in params], pieces, work, tensor)
 
     return remembered([params], ("pieces", pieces.rows, pieces.places, work, tensor), make)
 
 
 def _sides(
-    tensors: Sequence[Tensor], work: Work, pieces: tuple[Piece, ...] | None
+    tensors: Sequence[Tensor], work: Work, pieces: tuple[ProjectionPiece, ...] | None
 ) -> tuple[tuple[Sides, ...], tuple[Part | None, ...]]:
     """How the whole parameters are projected, and which of their contracted elements are here; None: all."""
 
@@ -351,7 +351,7 @@ def _schedules(
     draw_keys: tuple[int, ...],
     work: Work,
     order: Order,
-    pieces: tuple[Piece, ...] | None,
+    pieces: tuple[ProjectionPiece, ...] | None,
 ) -> tuple[ProjectionSchedule, ...]:
     strides, itemsize = strides_of(params, grads), grads[0].itemsize
 

@@ -88,7 +88,7 @@ class Work(NamedTuple):
     narrow: bool
 
 
-class Piece(NamedTuple):
+class ProjectionPiece(NamedTuple):
     """What a schedule has to know of a parameter of which only some rows are here.
 
     rows: of the whole. place: which of them are here. The others are where in the sums things start, see `pieces_of`;
@@ -105,7 +105,7 @@ class Piece(NamedTuple):
 
 def pieces_of(
     shapes: Sequence[tuple[int, ...]], pieces: RowPieces, work: Work, tensor: bool
-) -> tuple[tuple[Piece, ...], tuple[int, int]]:
+) -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
     """Return what schedules have to know of parameters in pieces, and how many numbers there are of each sum.
 
     ``shapes`` are those of what is here; ``tensor``: matrices have one scale. The first sum has the projections and the
@@ -135,18 +135,18 @@ def pieces_of(
         places = accumulate(of_kind[:-1], initial=ends[-1])
         starts.append([place if size else None for place, size in zip(places, of_kind, strict=True)])
         ends.append(ends[-1] + sum(of_kind))
-    found = [Piece(*of_one) for of_one in zip(pieces.rows, pieces.places, *starts, strict=True)]
+    found = [ProjectionPiece(*of_one) for of_one in zip(pieces.rows, pieces.places, *starts, strict=True)]
     return tuple(found), (ends[3], ends[4] - ends[3])
 
 
-def sides_here(shape: tuple[int, ...], work: Work, piece: Piece | None) -> Sides:
+def sides_here(shape: tuple[int, ...], work: Work, piece: ProjectionPiece | None) -> Sides:
     """Return how a parameter is projected, or what of that is where this piece is."""
     if piece is None:
         return sides_of(shape, work.rank, work.proj_type, work.conv)
     return piece_sides(shape, piece.rows, ApolloRule(work.rank, proj_type=work.proj_type))[1]
 
 
-def route_of(geometry: Geometry, aligned: bool, work: Work, piece: Piece | None = None) -> Route:
+def route_of(geometry: Geometry, aligned: bool, work: Work, piece: ProjectionPiece | None = None) -> Route:
     """Return how a parameter is looked at."""
     sides = sides_here(geometry.shape, work, piece)
     transposed = is_transposed(geometry, work.conv)
@@ -196,7 +196,7 @@ def schedules_of(
     work: Work,
     itemsize: int,
     order: Order,
-    pieces: Sequence[Piece] | None = None,
+    pieces: Sequence[ProjectionPiece] | None = None,
 ) -> tuple[ProjectionSchedule, ...]:
     """Return the schedules of a list of parameters: one for each route that occurs.
 
@@ -233,7 +233,9 @@ class _Row(Row):
     names = FIELDS
     shared = "projected"
 
-    def __init__(self, geometry: Geometry, route: Route, work: Work, draw_key: int, piece: Piece | None) -> None:
+    def __init__(
+        self, geometry: Geometry, route: Route, work: Work, draw_key: int, piece: ProjectionPiece | None
+    ) -> None:
         sides = sides_here(geometry.shape, work, piece)
         matrices, lines, length = sides.matrices, sides.channels, sides.contracted
         numel = matrices * lines * length
@@ -282,7 +284,7 @@ class _Row(Row):
         return [Stage(phase, self._tickets[phase], phase == 2) for phase in self._phases]
 
 
-def _piece_fields(piece: Piece | None) -> dict[str, int]:
+def _piece_fields(piece: ProjectionPiece | None) -> dict[str, int]:
     """What a parameter's row says of the rows that are here, and where the sums over processes of it start."""
     if piece is None:
         return dict.fromkeys(("whole_rows", "first_row", "run", "distance", "matrix_sums"), 0)

@@ -11,7 +11,7 @@ from ..pieces import RowPlace
 from ..projection.banks import DRAW_BLOCK, DRAW_WARPS
 from ..projection.kernels import _apollo_finish_kernel, _apollo_kernel, _projection_kernel
 from ..projection.launch import plan_projection, route_arguments
-from ..projection.schedule import Piece, Work, route_of
+from ..projection.schedule import ProjectionPiece, Work, route_of
 from ..schedules import Geometry
 from .aot import CompileCase
 
@@ -45,8 +45,8 @@ _CASES: dict[str, tuple[str, Geometry, int, tuple[int, ...]]] = {
 }
 
 #: The second of eight processes, of matrices of 4096 rows, and rows that begin anywhere.
-_PIECE = Piece(4096, RowPlace(512, 512, 0), 0, 0, 0, 0)
-_PIECES: dict[str, tuple[int, Geometry, Piece]] = {
+_PIECE = ProjectionPiece(4096, RowPlace(512, 512, 0), 0, 0, 0, 0)
+_PIECES: dict[str, tuple[int, Geometry, ProjectionPiece]] = {
     "apollo-bf16-rank_1-pieces": (1, Geometry((512, 4096), None), _PIECE),
     "apollo-bf16-rank_1_of_columns-pieces": (1, Geometry((512, 11008), None), _PIECE),
     "apollo-bf16-rank_1_of_columns-any_pieces": (1, Geometry((512, 11008), None),
