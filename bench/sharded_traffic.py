@@ -11,6 +11,8 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 
+from lowmem_kernels.pieces import RowPieces, RowPlace
+from lowmem_kernels.projection.schedule import Work, pieces_of
 from lowmem_kernels.testing.models import Architecture, model_shapes
 
 Shapes = dict[str, tuple[int, ...]]
@@ -62,15 +64,26 @@ def whole(states: float) -> Callable[[Shapes, int], float]:
     return lambda shapes, processes: assembled(matrices(shapes, False), states, processes)
 
 
-#: APOLLO's moments are 8 r bytes for each channel, of which there are as many as the longer side has.
+def apollo(rank: int, tensor: bool) -> Callable[[Shapes, int], float]:
+    """APOLLO, of which ``tensor`` says whether a matrix has one scale: what its kernels leave to be summed."""
+    work = Work((0, 1, 2), rank, "std", False, True)
+
+    def moved(shapes: Shapes, processes: int) -> float:
+        listed = matrices(shapes, False)
+        whole = RowPieces(tuple([n for n, _ in listed]), (RowPlace(0, 1, 0),) * len(listed), lambda vector: None)
+        return summed(sum(pieces_of(listed, whole, work, tensor)[1]), processes)
+
+    return moved
+
+
 RULES: dict[str, Callable[[Shapes, int], float]] = {
     "AdamW, Lomo": lambda shapes, processes: 0.0,
     "Adafactor, AdaLomo": factored,
     "CAME": came,
     "SinkGD": sinkgd,
     "SWAN, MNGD with spectral": whole(0.0),
-    "APOLLOMini": whole(8 / 4096),
-    "APOLLO, rank 256": whole(8 * 256 / 4096),
+    "APOLLOMini": apollo(1, True),
+    "APOLLO, rank 256": apollo(256, False),
     "AdaPM": whole(4.0),
 }
 

@@ -16,6 +16,7 @@ from lowmem_kernels.testing.oracles.projection import is_right, step, step_error
 from pieces import Rows, random_tensors
 
 STEPS = 20
+REDRAW = 7
 
 #: Tall, square, wide, not projected (both ways), stacks, empty. Half of the first two would be wide, and half of the
 #: third would not be projected at rank 4. Of three processes the last has nothing of some.
@@ -60,23 +61,33 @@ def moments_are_cut(shape, rule):
     return sides.right or not sides.projected
 
 
-def numbers_summed(shape, rule):
-    """How many numbers the sum over processes has of such matrices."""
+def numbers_summed(shape, rule, backend):
+    """How many numbers of such matrices each sum over processes has, of which the reference takes one."""
     sides = sides_of(shape, rule.rank, rule.proj_type, False)
+    channels, tensor = sides.matrices * sides.channels, rule.scale_type == "tensor"
     if sides.projected and not sides.right:
-        return sides.matrices * sides.channels * (sides.rank + 1)
-    if rule.scale_type == "tensor":
-        return sides.matrices * 3
-    return sides.matrices * (2 if sides.right else 3 * sides.channels)
+        if backend == "torch":
+            return (channels * (sides.rank + 1),)
+        # projections start at multiples of 4, and each parameter has its sum of squares
+        return (-(-channels * sides.rank // 4) * 4 + channels + 1, 0)
+    if backend == "torch":
+        return (sides.matrices * 3 if tensor else sides.matrices * 2 if sides.right else 3 * channels,)
+    if tensor or sides.right:
+        return (1, sides.matrices * (3 if tensor else 1))
+    return (1 + channels, sides.matrices + 2 * channels)
+
+
+def as_it_is(tensor):
+    return tensor
 
 
 class Run:
     """Parameters with their states, in one process, which has all rows of them or some; ``past``: after each step."""
 
-    def __init__(self, dialect, shapes, dtype, cut):
+    def __init__(self, dialect, shapes, dtype, cut, arrange):
         self.rule, self.source = (DIALECTS | BY_CHANNEL)[dialect]
-        self.cut = cut
-        self.params = [cut(p) for p in random_tensors(shapes, dtype, 0)]
+        self.cut = lambda tensor: arrange(cut(tensor))
+        self.params = [self.cut(p) for p in random_tensors(shapes, dtype, 0)]
         moment = dtype if dtype is torch.bfloat16 else torch.float32
         self.moments = [[], []]
         for moments in self.moments:
@@ -102,20 +113,23 @@ class Run:
         self.past.append(self._copies())
 
 
-def epoch_of(step):
-    """Projections are redrawn in every seventh step."""
-    return 1 + step // 7
+def epoch_of(step, redraw):
+    """Projections are redrawn every ``redraw`` steps."""
+    return 1 + step // redraw
 
 
-def runs(dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, **transform):
-    """(the run of one process, those of several, their meetings)."""
+def runs(
+    dialect, rows, shapes, dtype, steps, backend, change=lambda step, grads: grads, arrange=as_it_is, redraw=REDRAW,
+    **transform,
+):  # fmt: skip
+    """(the run of one process, those of several, their meetings). Tensors lie in memory as ``arrange`` returns them."""
 
     def all_steps(run, pieces):
         for k in range(steps):
             grads = change(k, random_tensors(shapes, dtype, k + 1))
-            run.step(grads, epoch_of(k), backend, pieces, **transform)
+            run.step(grads, epoch_of(k, redraw), backend, pieces, **transform)
 
-    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut), all_steps)
+    return rows.runs(shapes, lambda cut: Run(dialect, shapes, dtype, cut, arrange), all_steps)
 
 
 def assert_same(rows, shapes, whole, several, steps, counts):
@@ -136,22 +150,26 @@ def assert_same(rows, shapes, whole, several, steps, counts):
             assert int(run.steps[i]) == counts[i]
 
 
-def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend):
-    """In float32, and with one sum in a step."""
-    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, STEPS, backend)
-    assert_same(rows, shapes, whole, several, STEPS, [STEPS] * len(shapes))
-    expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
-    assert [count for _, count in meetings.sums] == [expected] * STEPS
+def assert_sums(meetings, rule, shapes, backend, steps):
+    """Those that have numbers at all."""
+    totals = [sum(counts) for counts in zip(*[numbers_summed(shape, rule, backend) for shape in shapes], strict=True)]
+    assert [count for _, count in meetings.sums] == [total for total in totals if total] * steps
 
 
-def assert_each_step_is_exact(dialect, rows, shapes):
+def assert_pieces_do_what_the_whole_does(dialect, rows, shapes, backend, steps=STEPS, **how):
+    """In float32, and with one sum in a step, or two of the kernels."""
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, steps, backend, **how)
+    assert_same(rows, shapes, whole, several, steps, [steps] * len(shapes))
+    assert_sums(meetings, whole.rule, shapes, backend, steps)
+
+
+def assert_each_step_is_exact(dialect, rows, shapes, backend, steps=STEPS, redraw=REDRAW):
     """In float32, of one process and of several: every step, from where they are, within the error of its sums.
 
     Returns the smallest R of a channel that there was, in units of the sum of its terms' sizes.
     """
-    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, STEPS, "torch")
-    expected = sum(numbers_summed(shape, whole.rule) for shape in shapes)
-    assert [count for _, count in meetings.sums] == [expected] * STEPS
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, steps, backend, redraw=redraw)
+    assert_sums(meetings, whole.rule, shapes, backend, steps)
     options = {**asdict(whole.rule), **HYPER, "disable_nl": whole.rule.growth_limit is None}
     least = 1.0
 
@@ -163,10 +181,10 @@ def assert_each_step_is_exact(dialect, rows, shapes):
         pieces = [rows.gathered(t, like) if cut else t[0] for t, like, cut in zip(tensors, likes, cuts, strict=True)]
         return [*pieces, norms[0]]
 
-    for k in range(STEPS):
+    for k in range(steps):
         grads = random_tensors(shapes, torch.float32, k + 1)
         for i, shape in enumerate(shapes):
-            draw = Draw(whole.source, SEED, [i], epoch_of(k))
+            draw = Draw(whole.source, SEED, [i], epoch_of(k, redraw))
             made = dict(rank=whole.rule.rank, draw=draw, proj_type=whole.rule.proj_type)
             project, g = (x.double().numpy() for x in (projection_matrix(shape, **made), grads[i]))
             turn = (lambda x: x.T) if is_right(shape, whole.rule.proj_type) else (lambda x: x)
@@ -194,6 +212,19 @@ def assert_bad_rows_stop_all(dialect, bad, backend, **transform):
     whole, several, _ = runs(dialect, rows, shapes, torch.float32, steps, backend, change, **transform)
     assert_same(rows, shapes, whole, several, steps, [steps - 1] * 3 + [steps] * 2)
     assert [int(run.skipped) for run in (whole, *several)] == [3] * 3
+
+
+def assert_found_inf_stops_all(dialect, backend):
+    """An overflow that processes have agreed on: nothing moves, and no collective is left out."""
+    rows, shapes = Rows(2), [(40, 24), (8, 70), (4, 300)]
+    found_inf = torch.ones(())
+    whole, several, meetings = runs(dialect, rows, shapes, torch.float32, 1, backend, found_inf=found_inf)
+    for run in (whole, *several):
+        for tensors in (*run.moments, run.norms, run.epochs, run.steps):
+            assert not any(t.any() for t in tensors)
+    for i, start in enumerate(random_tensors(shapes, torch.float32, 0)):
+        assert torch.equal(rows.gathered([run.params[i] for run in several], start), start)
+    assert len(meetings.sums) == (0 if backend == "torch" else 2)
 
 
 def assert_noise_is_that_of_the_whole(dialect, rows, shapes, backend):

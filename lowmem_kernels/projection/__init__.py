@@ -87,7 +87,8 @@ def apollo_update_(
             nothing is projected, and are whole, and equal in all processes, where rows are contracted; norms, epochs
             and steps are equal. A single sum is taken, for each matrix of: 2 numbers ("tensor": 3) where columns are
             contracted; rank + 1 for each channel where rows are; 3 for each channel ("tensor": 3 in all) where they
-            are not projected. Not with ``rule.conv``, and not yet with Triton, see `rule.takes_pieces`.
+            are not projected. With Triton these are two sums: of each parameter's squares and what rows that are
+            contracted leave, then of what moments leave. Not with ``rule.conv``.
         transform: scaling, clipping, sign and non-finite policy of the gradient.
         rounding: how bfloat16 results are rounded; p is stream 0, M stream 1, V stream 2.
         backend: "auto", "triton" or "torch".

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..philox import philox4x32
+from ..pieces import RowPlace
 from ..rounding import tensor_key
 from .normal import normals
 from .rule import Draw, Sides
@@ -54,6 +55,12 @@ def projection_of(sides: Sides, draw: Draw, uid: int, device: torch.device) -> T
         return torch_projection(sides, draw.seed + uid + 1, epoch, device)
     key, tag = key_of(sides, draw, uid)
     return _entries(key, tag, sides.rank, sides.contracted, epoch, draw.source, device)
+
+
+def places_of(projection: Tensor, place: RowPlace, count: int) -> Tensor:
+    """Return the columns of P that belong to the rows that are here, so many."""
+    index = torch.arange(count, device=projection.device)
+    return projection[:, place.first + index // place.run * place.distance + index % place.run]
 
 
 @lru_cache(maxsize=32)

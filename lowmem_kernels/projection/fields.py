@@ -1,7 +1,7 @@
 """What the host tells the kernel, and where: one list of names for schedule.py, launch.py and the kernels.
 
 Lines (see lines.py) are channels, and places are what is contracted. Offsets count float32 elements from the start of
-the scratch.
+the scratch; where contracted rows are in several processes, "projected" and "squares" count from that of the sums.
 """
 
 from ..lines import LINE_FIELDS
@@ -21,7 +21,14 @@ FIELDS = (
     "channel_scale",  # matrices x channels
     "sums",  # matrices x moment_groups x 3: of |R~|^2, |R|^2, and the squared norm of what moves the parameter
     "factor",  # matrices: what multiplies lr and the channels' scales
-    "ok",  # 1 where the parameter is to be updated
+    "ok",  # 1 where the parameter is to be updated; of a piece its sum of squares, in the sums
+    # of a piece: rows of the whole matrices, which of them are here (see pieces.RowPlace), and where sums over its
+    # moments start in the sums, see `schedule.pieces_of`
+    "whole_rows",
+    "first_row",
+    "run",
+    "distance",
+    "matrix_sums",
 )
 
 #: Sums of a ticket of moments.

@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
+import numpy as np
 import torch
 import triton.language as tl
 from torch import Tensor
 
-from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, log_of, update_arguments
+from ..arguments import TRITON_DTYPES, compiler_options, device_scalar, log_of, taken_by, update_arguments
 from ..blocks import read_gradient
-from ..device import device_facts
+from ..device import device_facts, launching_on
 from ..dispatch import interpreting
 from ..options import GradTransform, Rounding
-from ..pieces import RowPieces
-from ..schedules import cut_out, fields_of, launch_schedule, remembered_schedules
-from ..table import addresses, starts_aligned
+from ..pieces import TOGETHER, RowPieces
+from ..schedules import cut_out, fields_of, launch_schedule, phase_by_phase, remembered_schedules
+from ..table import addresses, starts_aligned, uploaded
 from ..tensors import remembered
 from ..tickets import plan_order
-from .banks import Bank, projections_of
+from .banks import Bank, Part, projections_of
 from .draw import draw_key, key_of, torch_projection
 from .fields import COLUMNS, FIELDS
-from .kernels import _apollo_kernel
+from .kernels import _apollo_finish_kernel, _apollo_kernel
 from .rule import ApolloRule, Draw, Sides, channel_shape, moment_shape, projected_scale, sides_of
-from .schedule import ProjectionSchedule, Route, Work, schedules_of
+from .schedule import ProjectionPiece, ProjectionSchedule, Route, Work, pieces_of, schedules_of
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,7 @@ def apollo_update_(
     transform: GradTransform,
     rounding: Rounding,
 ) -> None:
-    """As `lowmem_kernels.projection.apollo_update_`: one launch for each route that occurs. Takes no pieces."""
-    if pieces is not None:
-        raise ValueError("there are pieces and the backend is 'triton'; allowed: backend='torch', or whole matrices")
+    """As `lowmem_kernels.projection.apollo_update_`: one launch for each route that occurs; of pieces, each phase."""
     columns = {
         "param": params, "grad": grads, "step": steps, "exp_avg": exp_avgs, "exp_avg_sq": exp_avg_sqs,
         "norm": norms, "epoch": epochs,
@@ -95,7 +94,7 @@ def apollo_update_(
     work = Work((0, 1, 2), rule.rank, rule.proj_type, rule.conv, takes_bfloat16(grads, draw.source))
     beta1, beta2 = rule.betas
     _launch(
-        columns, work, draw, transform, rounding,
+        columns, work, draw, transform, rounding, pieces,
         lr=device_scalar(lr), weight_decay=float(weight_decay), one_minus_beta1=1 - beta1, one_minus_beta2=1 - beta2,
         log_beta1=log_of(beta1), log_beta2=log_of(beta2), eps=float(rule.eps), root_scale=math.sqrt(rule.scale),
         growth_limit=float(rule.growth_limit or 0.0), TENSOR=rule.scale_type == "tensor",
@@ -190,33 +189,96 @@ def _launch(
     draw: Draw | None,
     transform: GradTransform,
     rounding: Rounding,
+    pieces: RowPieces | None = None,
     **arguments: Any,
 ) -> list[tuple[ProjectionSchedule, Tensor]]:
     """Launch over all parameters; return each schedule with its scratch."""
     params, grads, exp_avgs = columns["param"], columns["grad"], columns.get("exp_avg")
-    launched: list[tuple[ProjectionSchedule, Tensor]] = []
     if not params:
-        return launched
+        return []
     device = params[0].device
     facts = device_facts(device)
+    places, sizes, order = None, (0, 0), plan_order(facts)
+    if pieces is not None:
+        places, sizes = _pieces(params, pieces, work, arguments["TENSOR"])
+        order = TOGETHER
     projections, source, draw_keys = None, "gaussian", (0,) * len(params)
     epoch: int | Tensor = 0
     if draw is not None:
-        projections, source = projections_of(params, _sides(params, work), draw), draw.source
+        sides, parts = _sides(params, work, places)
+        projections, source = projections_of(params, sides, draw, parts), draw.source
         draw_keys, epoch = _draw_keys(draw.seed, tuple(draw.uids_of(len(params)))), draw.epoch
     where = addresses([columns.get(name, projections if name == "projection" else None) for name in COLUMNS])
     aligned = starts_aligned(where[:, _TILED])
-    keys, itemsize = rounding.keys(len(params)), grads[0].itemsize
-    for schedule in _schedules(params, grads, aligned, keys, draw_keys, work, itemsize, plan_order(facts)):
-        route, scratch = schedule.route, torch.empty(schedule.scratch, dtype=torch.float32, device=device)
-        launch_schedule(
-            _apollo_kernel, schedule, params, where, scratch, epoch=epoch,
-            STATE=TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
+
+    def arguments_of(schedule: ProjectionSchedule) -> dict[str, Any]:
+        route = schedule.route
+        return {
+            "epoch": epoch, "STATE": TRITON_DTYPES[exp_avgs[0].dtype] if exp_avgs else tl.float32,
             **route_arguments(route, work, plan_projection(route, work.narrow, facts.warp_size), source),
             **update_arguments(params, grads, route.layout, transform, rounding), **arguments,
-        )  # fmt: skip
-        launched.append((schedule, scratch))
+        }  # fmt: skip
+
+    keys, itemsize = rounding.keys(len(params)), grads[0].itemsize
+    launched = [
+        (schedule, torch.empty(schedule.scratch, dtype=torch.float32, device=device))
+        for schedule in _schedules(params, grads, aligned, keys, draw_keys, work, itemsize, order, places)
+    ]
+    launches = [
+        partial(launch_schedule, _apollo_kernel, schedule, params, where, scratch, **arguments_of(schedule))
+        for schedule, scratch in launched
+    ]
+    if pieces is None:
+        for launch in launches:
+            launch(sums_ptr=None)
+        return launched
+    finishes = [
+        partial(_finish, schedule, params, where, scratch, arguments_of(schedule))
+        for schedule, scratch in launched
+        if schedule.route.right or schedule.route.mode == "none"
+    ]
+    _launch_phases([schedule for schedule, _ in launched], launches, finishes, sizes, pieces, device)
     return launched
+
+
+def _launch_phases(
+    schedules: Sequence[ProjectionSchedule],
+    launches: Sequence[Callable[..., None]],
+    finishes: Sequence[Callable[[Tensor], None]],
+    sizes: tuple[int, int],
+    pieces: RowPieces,
+    device: torch.device,
+) -> None:
+    """Launch phase after phase of all schedules; after the first two, add up over processes what these have left."""
+    launch_phase = phase_by_phase(schedules, launches, device)
+    first, second = sizes
+    sums = torch.zeros(first + second, dtype=torch.float32, device=device)
+    launch_phase(0, sums)
+    pieces.all_reduce(sums[:first])
+    launch_phase(1, sums)
+    if second:
+        pieces.all_reduce(sums[first:])
+    for finish in finishes:
+        finish(sums)
+    launch_phase(2, sums)
+
+
+def _finish(
+    schedule: ProjectionSchedule,
+    params: Sequence[Tensor],
+    where: np.ndarray,
+    scratch: Tensor,
+    arguments: dict[str, Any],
+    sums: Tensor,
+) -> None:
+    """Launch what follows the moments of pieces: a program for each parameter."""
+    table = uploaded(params, schedule, schedule.values)
+    pointers = uploaded(params, (schedule, "addresses"), where[schedule.members].ravel())
+    taken = taken_by(_apollo_finish_kernel, arguments)
+    with launching_on(params[0].device):
+        _apollo_finish_kernel[(len(schedule.members),)](
+            table, pointers, scratch, sums, rows_start=schedule.rows_start, **taken, num_warps=4, enable_fp_fusion=False
+        )
 
 
 def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str) -> dict[str, Any]:
@@ -234,6 +296,7 @@ def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str)
         "WRITE": 2 in work.phases,
         "MODE": route.mode,
         "DRAWN": source != "torch",
+        "PLACES": route.places,
         "OPERAND": plan.operand,
         "PRECISION": plan.precision,
         "BLOCK_LINES": route.tile.rows,
@@ -247,11 +310,34 @@ def route_arguments(route: Route, work: Work, plan: ProjectionPlan, source: str)
     }
 
 
-def _sides(tensors: Sequence[Tensor], work: Work) -> tuple[Sides, ...]:
-    def make() -> tuple[Sides, ...]:
-        return tuple([sides_of(tuple(t.shape), work.rank, work.proj_type, work.conv) for t in tensors])
+def _pieces(
+    params: Sequence[Tensor], pieces: RowPieces, work: Work, tensor: bool
+) -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
+    def make() -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
+        return pieces_of([tuple(p.shape) for p in params], pieces, work, tensor)
 
-    return remembered([tensors], ("sides", work), make)
+    return remembered([params], ("pieces", pieces.rows, pieces.places, work, tensor), make)
+
+
+def _sides(
+    tensors: Sequence[Tensor], work: Work, pieces: tuple[ProjectionPiece, ...] | None
+) -> tuple[tuple[Sides, ...], tuple[Part | None, ...]]:
+    """How the whole parameters are projected, and which of their contracted elements are here; None: all."""
+
+    def make() -> tuple[tuple[Sides, ...], tuple[Part | None, ...]]:
+        shapes = [tuple(t.shape) for t in tensors]
+        if pieces is None:
+            sides = [sides_of(shape, work.rank, work.proj_type, work.conv) for shape in shapes]
+            return tuple(sides), (None,) * len(sides)
+        wholes = [(*shape[:-2], piece.rows, shape[-1]) for shape, piece in zip(shapes, pieces, strict=True)]
+        sides = [sides_of(shape, work.rank, work.proj_type, work.conv) for shape in wholes]
+        parts = [
+            None if side.right else Part(piece.place, shape[-2])
+            for side, piece, shape in zip(sides, pieces, shapes, strict=True)
+        ]
+        return tuple(sides), tuple(parts)
+
+    return remembered([tensors], ("sides", work, pieces), make)
 
 
 # for plain lists, of which nothing is remembered

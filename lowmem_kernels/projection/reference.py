@@ -14,7 +14,7 @@ from ..options import GradTransform, Rounding
 from ..pieces import RowPieces, RowPlace, lockstep
 from ..rounding import stream_key
 from ..shards import Shard
-from .draw import projection_of
+from .draw import places_of, projection_of
 from .rule import (
     NORM_EPS,
     TINY_NORM,
@@ -228,10 +228,7 @@ class _X:
 def _drawn(whole: Sides, draw: Draw, uid: int, place: RowPlace | None, count: int, device: torch.device) -> Tensor:
     """Return P, or given a place the columns of it that belong to the ``count`` rows that are here."""
     projection = projection_of(whole, draw, uid, device)
-    if place is None:
-        return projection
-    index = torch.arange(count, device=device)
-    return projection[:, place.first + index // place.run * place.distance + index % place.run]
+    return projection if place is None else places_of(projection, place, count)
 
 
 def _summed(*parts: Tensor) -> Generator[Tensor, None, list[Tensor]]:

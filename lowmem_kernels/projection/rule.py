@@ -116,9 +116,9 @@ def piece_sides(shape: tuple[int, ...], rows: int, rule: ApolloRule) -> tuple[Si
     return whole, whole._replace(contracted=here, rank=whole.rank if whole.projected else here)
 
 
-def takes_pieces(rule: ApolloRule, triton: bool) -> bool:
+def takes_pieces(rule: ApolloRule) -> bool:
     """Say whether `apollo_update_` takes matrices whose rows are in several processes."""
-    return not rule.conv and not triton
+    return not rule.conv
 
 
 def moment_shape(shape: tuple[int, ...], rule: ApolloRule, rows: int | None = None) -> tuple[int, ...]:

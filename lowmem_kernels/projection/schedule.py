@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import NamedTuple
 
 from ..lines import cut_lines, is_transposed, line_dims
+from ..pieces import RowPieces, RowPlace
 from ..schedules import Geometry, Row, Schedule, Shape, schedule_of, vectors
 from ..table import Layout
 from ..tickets import Order, Stage
 from .fields import FIELDS, SUMS
-from .rule import Sides, sides_of
+from .rule import ApolloRule, Sides, piece_sides, sides_of
 
 #: Most ranks of a tile of sums: with 128 channels 32768 sums, 128 registers of each thread of 8 warps. Of a higher rank
 #: the gradient is read once for each 256.
@@ -48,6 +50,7 @@ class Route(NamedTuple):
     right: whether channels are rows (else columns), contiguous: whether a channel lies in one piece.
     mode: how the first read multiplies. "one": rank 1, by sums; "dot": products of matrices; "none": not at all, the
         gradient stands for its projection.
+    places: where contracted elements are in the whole, as `project_tile` says.
     tile, ranks: of the first read. moment_tile: channels x ranks. apply_tile: of the last read.
     """
 
@@ -58,6 +61,7 @@ class Route(NamedTuple):
     right: bool
     contiguous: bool
     mode: str
+    places: str
     tile: Shape
     ranks: int
     moment_tile: Shape
@@ -84,9 +88,67 @@ class Work(NamedTuple):
     narrow: bool
 
 
-def route_of(geometry: Geometry, aligned: bool, work: Work) -> Route:
+class ProjectionPiece(NamedTuple):
+    """What a schedule has to know of a parameter of which only some rows are here.
+
+    rows: of the whole. place: which of them are here. The others are where in the sums things start, see `pieces_of`;
+    None: they are not there.
+    """
+
+    rows: int
+    place: RowPlace
+    projected: int | None
+    squares: int | None
+    ok: int | None
+    matrix_sums: int | None
+
+
+def pieces_of(
+    shapes: Sequence[tuple[int, ...]], pieces: RowPieces, work: Work, tensor: bool
+) -> tuple[tuple[ProjectionPiece, ...], tuple[int, int]]:
+    """Return what schedules have to know of parameters in pieces, and how many numbers there are of each sum.
+
+    ``shapes`` are those of what is here; ``tensor``: matrices have one scale. The first sum has the projections and the
+    sums of squares of channels whose rows are in several processes, and every parameter's sum of squares; the second,
+    of what is left of matrices where channels are rows or nothing is projected, the sums over their moments: 1, of
+    ``tensor`` 3, and 2 of each channel whose rows are in several processes.
+    """
+    wholes = [
+        piece_sides(shape, rows, ApolloRule(work.rank, proj_type=work.proj_type))[0]
+        for shape, rows in zip(shapes, pieces.rows, strict=True)
+    ]
+    channels = [0 if side.right else side.matrices * side.channels for side in wholes]
+    single = 3 if tensor else 1
+    sizes = [
+        (
+            vectors(crossed * side.rank) if side.projected else 0,
+            crossed if side.projected or not tensor else 0,
+            1,
+            side.matrices * single + (0 if tensor else 2 * crossed) if side.right or not side.projected else 0,
+        )
+        for side, crossed in zip(wholes, channels, strict=True)
+    ]
+    starts: list[list[int | None]] = []
+    ends = [0]
+    # projections come first, since they start at multiples of 4 numbers
+    for of_kind in zip(*sizes, strict=True):
+        places = accumulate(of_kind[:-1], initial=ends[-1])
+        starts.append([place if size else None for place, size in zip(places, of_kind, strict=True)])
+        ends.append(ends[-1] + sum(of_kind))
+    found = [ProjectionPiece(*of_one) for of_one in zip(pieces.rows, pieces.places, *starts, strict=True)]
+    return tuple(found), (ends[3], ends[4] - ends[3])
+
+
+def sides_here(shape: tuple[int, ...], work: Work, piece: ProjectionPiece | None) -> Sides:
+    """Return how a parameter is projected, or what of that is where this piece is."""
+    if piece is None:
+        return sides_of(shape, work.rank, work.proj_type, work.conv)
+    return piece_sides(shape, piece.rows, ApolloRule(work.rank, proj_type=work.proj_type))[1]
+
+
+def route_of(geometry: Geometry, aligned: bool, work: Work, piece: ProjectionPiece | None = None) -> Route:
     """Return how a parameter is looked at."""
-    sides = sides_of(geometry.shape, work.rank, work.proj_type, work.conv)
+    sides = sides_here(geometry.shape, work, piece)
     transposed = is_transposed(geometry, work.conv)
     strided = geometry.strides is not None and not transposed
     contiguous = sides.right != transposed
@@ -109,8 +171,15 @@ def route_of(geometry: Geometry, aligned: bool, work: Work) -> Route:
     moment_ranks = min(ranks, MAX_RANKS if sides.right else 64)
     return Route(
         layout, sides.channels % 8 == 0, sides.contracted % 8 == 0, sides.rank % 8 == 0, sides.right, contiguous, mode,
+        "all" if piece is None or sides.right else _places(piece.place, sides.contracted),
         tile, ranks if mode == "dot" else 1, Shape(MOMENT_ELEMENTS // moment_ranks, moment_ranks), apply_tile,
     )  # fmt: skip
+
+
+def _places(place: RowPlace, count: int) -> str:
+    """Say whether four contracted rows of a piece that begin at a multiple of 4 do so in the whole."""
+    broken = place.run < count and (place.run % 4 or place.distance % 4)
+    return "any" if place.first % 4 or broken else "fours"
 
 
 def _narrowed(tile: Shape, contracted: int, contiguous: bool) -> Shape:
@@ -127,6 +196,7 @@ def schedules_of(
     work: Work,
     itemsize: int,
     order: Order,
+    pieces: Sequence[ProjectionPiece] | None = None,
 ) -> tuple[ProjectionSchedule, ...]:
     """Return the schedules of a list of parameters: one for each route that occurs.
 
@@ -138,18 +208,20 @@ def schedules_of(
         work: what is done.
         itemsize: bytes of a gradient's element.
         order: of the tickets.
+        pieces: what there is to know of parameters in pieces; a phase is then one launch of all of them.
     """
+    parts = (None,) * len(geometries) if pieces is None else pieces
     kinds: dict[Route, list[int]] = {}
     for i, (geometry, starts_aligned) in enumerate(zip(geometries, aligned, strict=True)):
-        kinds.setdefault(route_of(geometry, starts_aligned, work), []).append(i)
+        kinds.setdefault(route_of(geometry, starts_aligned, work, parts[i]), []).append(i)
     schedules = []
     for route, members in kinds.items():
-        rows = [_Row(geometries[i], route, work, draw_keys[i]) for i in members]
+        rows = [_Row(geometries[i], route, work, draw_keys[i], parts[i]) for i in members]
         # products need more tickets at a time than a bundle that stays in the L2 cache has
         unbundled = route.mode == "dot" or len(work.phases) == 1
         bundling = replace(order, bundle_bytes=1 << 62) if unbundled else order
         frees = 1 if 1 in work.phases else 2
-        limit = SCRATCH_BYTES if 1 in work.phases else 1 << 62
+        limit = SCRATCH_BYTES if 1 in work.phases and pieces is None else 1 << 62
         schedule = schedule_of(members, rows, [keys[i] for i in members], itemsize, frees, bundling, limit)
         schedules.append(ProjectionSchedule(**vars(schedule), route=route))
     return tuple(schedules)
@@ -161,11 +233,13 @@ class _Row(Row):
     names = FIELDS
     shared = "projected"
 
-    def __init__(self, geometry: Geometry, route: Route, work: Work, draw_key: int) -> None:
-        sides = sides_of(geometry.shape, work.rank, work.proj_type, work.conv)
+    def __init__(
+        self, geometry: Geometry, route: Route, work: Work, draw_key: int, piece: ProjectionPiece | None
+    ) -> None:
+        sides = sides_here(geometry.shape, work, piece)
         matrices, lines, length = sides.matrices, sides.channels, sides.contracted
         numel = matrices * lines * length
-        if not numel:
+        if not numel and piece is None:
             lines = 0
         self._phases = work.phases
         cut = cut_lines(matrices, lines, length, _first_tile(route, work), 1 << 30)
@@ -180,6 +254,11 @@ class _Row(Row):
             "ok": 1,
         }
         projected = vectors(matrices * lines * sides.rank) if route.mode != "none" and 0 in work.phases else 0
+        summed = {} if piece is None else {name: getattr(piece, name) for name in ("projected", "squares", "ok")}
+        summed = {name: start for name, start in summed.items() if start is not None}
+        sizes = {name: size for name, size in sizes.items() if name not in summed}
+        if "projected" in summed:
+            projected = 0
         dims, starts, counts = line_dims(geometry, route.right, work.conv)
         fields = {
             "matrices": matrices,
@@ -194,13 +273,29 @@ class _Row(Row):
             "moment_lines": moments.group_lines,
             "moment_groups": moments.groups,
             "moment_batch": moments.batch,
+            **_piece_fields(piece),
             **counts,
+            **summed,
         }
         super().__init__(numel, projected, sizes, fields, dims, starts)
 
     def stages(self) -> list[Stage]:
         """The phases; the last goes backwards: it begins with what was read last."""
         return [Stage(phase, self._tickets[phase], phase == 2) for phase in self._phases]
+
+
+def _piece_fields(piece: ProjectionPiece | None) -> dict[str, int]:
+    """What a parameter's row says of the rows that are here, and where the sums over processes of it start."""
+    if piece is None:
+        return dict.fromkeys(("whole_rows", "first_row", "run", "distance", "matrix_sums"), 0)
+    first, run, distance = piece.place
+    return {
+        "whole_rows": piece.rows,
+        "first_row": first,
+        "run": run,
+        "distance": distance,
+        "matrix_sums": piece.matrix_sums or 0,
+    }
 
 
 def _first_tile(route: Route, work: Work) -> Shape:

@@ -10,7 +10,6 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 from typing_extensions import Unpack
 
-from lowmem_kernels import choose
 from lowmem_kernels.projection import ApolloRule, Draw, apollo_update_, projection_matrix
 from lowmem_kernels.projection.checks import check_draw, check_rule
 from lowmem_kernels.projection.rule import moment_shape, norm_shape, sides_of, takes_pieces
@@ -186,8 +185,7 @@ class APOLLO(RoutedOptimizer):
             epoch += due
 
     def takes_pieces_of_matrices(self, bucket: Bucket) -> bool:
-        triton = choose(bucket.group["backend"], (bucket.params[0], bucket.grads[0])) == "triton"
-        return takes_pieces(self.rule(bucket.group), triton) and bucket.pieces() is not None
+        return takes_pieces(self.rule(bucket.group)) and bucket.pieces() is not None
 
     def update_matrices(self, bucket: Bucket) -> None:
         group = bucket.group

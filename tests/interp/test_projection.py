@@ -169,7 +169,7 @@ def test_an_epoch_on_the_device():
     assert torch.equal(values[0], values[1])
     assert torch.equal(values[0], values[3])
     assert not torch.equal(values[0], values[2])
-    bank = _shared_bank(29, 4, "gaussian", SEED, torch.device("cpu"), 0)
+    bank = _shared_bank(29, 4, "gaussian", SEED, torch.device("cpu"), 0, None)
     bank.values.fill_(0)
     bank.draw(epoch)
     assert not bank.values.any()  # not drawn again

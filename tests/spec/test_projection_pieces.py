@@ -30,7 +30,7 @@ def test_pieces_do_what_the_whole_does(dialect, rows, shapes):
 @pytest.mark.parametrize("rows", [Rows(2), Rows(3), Rows(2, deal=2)], ids=["2", "3", "dealt"])
 def test_rank_1_by_channels(dialect, rows):
     """As exact as in one process, where the 300 terms of some channel cancel to less than 1e-4 of their size."""
-    least = assert_each_step_is_exact(dialect, rows, [(40, 24), (24, 24), (8, 70), (4, 300), (300, 400)])
+    least = assert_each_step_is_exact(dialect, rows, [(40, 24), (24, 24), (8, 70), (4, 300), (300, 400)], "torch")
     assert least < 1e-4
 
 
@@ -68,6 +68,5 @@ def test_refusals():
 
 
 @pytest.mark.parametrize("conv", [False, True])
-@pytest.mark.parametrize("triton", [False, True])
-def test_what_takes_pieces(conv, triton):
-    assert takes_pieces(ApolloRule(conv=conv), triton) == (not conv and not triton)
+def test_what_takes_pieces(conv):
+    assert takes_pieces(ApolloRule(conv=conv)) == (not conv)

@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from ...field_fragments import field32, scratch
+from ...field_fragments import field, field32, rows_in_whole, scratch
 from ...fragments import count_skipped, is_finite, load_gradient, rounded
 from ...line_fragments import GROUPS, lines_of, matrices_of, matrix, offsets
-from .constants import CHANNEL_SCALE, FACTOR
+from .constants import CHANNEL_SCALE, FACTOR, FIRST_ROW, WHOLE_ROWS
 from .project import extents
 
 
@@ -15,7 +15,8 @@ def apply_tile(
     at, ticket, p_ptr, g_ptr, scale_ptr, key, gradient, lr, decay, skipped_ptr,
     PARAM: tl.constexpr, STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr, RIGHT: tl.constexpr,
     LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, STOCHASTIC: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
-    TENSOR: tl.constexpr, GIVEN: tl.constexpr, BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr,
+    TENSOR: tl.constexpr, GIVEN: tl.constexpr, PIECES: tl.constexpr, BLOCK_LINES: tl.constexpr,
+    BLOCK_PLACES: tl.constexpr,
 ):  # fmt: skip
     """Some channels of p, written. GIVEN: scales are arguments, and elements whose update is not finite are kept."""
     extent = extents(at, LINES_BY_8, LENGTH_BY_8)
@@ -51,7 +52,15 @@ def apply_tile(
                 # what is left of p decays; in one subtraction, so that nothing moves -0
                 new = p - (update + decay * (p - update))
                 start = e.to(tl.int64) * size
-                if RIGHT:
+                if PIECES:
+                    start = e.to(tl.int64) * field(at, WHOLE_ROWS)
+                    if RIGHT:
+                        start = ((start + rows_in_whole(at, lines, FIRST_ROW)) * length)[:, None]
+                        lane = places[None, :]
+                    else:
+                        start = (start + rows_in_whole(at, places, FIRST_ROW))[None, :] * count + lines[:, None]
+                        lane = None
+                elif RIGHT:
                     start += lines.to(tl.int64)[:, None] * length
                     lane = places[None, :]
                 else:

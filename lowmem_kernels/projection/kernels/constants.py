@@ -11,6 +11,7 @@ from ..rule import TINY_NORM as _TINY_NORM
 (
     DRAW_KEY, RANK, PROBES, MOMENT_LINES, MOMENT_GROUPS, MOMENT_BATCH,
     PROJECTED, SQUARES, PROBE, CHANNEL_SCALE, SUM, FACTOR, OK,
+    WHOLE_ROWS, FIRST_ROW, RUN, DISTANCE, MATRIX_SUMS,
 ) = [tl.constexpr(i) for i in range(len(LINE_FIELDS), len(FIELDS))]  # fmt: skip
 FIELDS_SIZE, SUMS = tl.constexpr(len(FIELDS)), tl.constexpr(_SUMS)
 

@@ -65,8 +65,8 @@ def sign(word):
 
 
 @triton.jit
-def entries(key, quads, row, epoch, tag, SIGNS: tl.constexpr):
-    """Entries 4 * quads .. 4 * quads + 3 of a row of a projection, fp32 with the digits of bfloat16."""
+def four_entries(key, quads, row, epoch, tag, SIGNS: tl.constexpr):
+    """Entries 4 * quads, ..., 4 * quads + 3 of a row of a projection, fp32, before they are rounded."""
     zeros = quads * 0
     w0, w1, w2, w3 = tl.philox(key, quads, zeros + row, zeros + epoch, zeros + tag)
     if SIGNS:
@@ -74,16 +74,36 @@ def entries(key, quads, row, epoch, tag, SIGNS: tl.constexpr):
     else:
         z0, z1 = normals(w0, w1)
         z2, z3 = normals(w2, w3)
+    return z0, z1, z2, z3
+
+
+@triton.jit
+def entries(key, quads, row, epoch, tag, SIGNS: tl.constexpr):
+    """Entries 4 * quads .. 4 * quads + 3 of a row of a projection, fp32 with the digits of bfloat16."""
+    z0, z1, z2, z3 = four_entries(key, quads, row, epoch, tag, SIGNS)
     # the last dimension of a join is the fastest: z0, z1, z2, z3
     z = tl.join(tl.join(z0, z2), tl.join(z1, z3))
     return tl.reshape(z, (4 * quads.shape[0],)).to(tl.bfloat16).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["epoch", "key", "length", "tag"])
-def _projection_kernel(projection_ptr, drawn_ptr, epoch, key, length, tag, SIGNS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit
+def entries_at(key, places, row, epoch, tag, SIGNS: tl.constexpr):
+    """Entries at any places of a row, as `entries`; each draws four of which it takes one."""
+    z0, z1, z2, z3 = four_entries(key, places // 4, row, epoch, tag, SIGNS)
+    which = places % 4
+    z = tl.where(which < 2, tl.where(which == 0, z0, z1), tl.where(which == 2, z2, z3))
+    return z.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["epoch", "key", "length", "tag", "first_row", "run", "distance"])
+def _projection_kernel(
+    projection_ptr, drawn_ptr, epoch, key, length, tag, first_row, run, distance,
+    SIGNS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
     """Draw a projection of rows of ``length``, unless that of this epoch was drawn. One program writes part of a row.
 
-    ``drawn_ptr`` says which epoch's it is; None: draw in any case.
+    ``drawn_ptr`` says which epoch's it is; None: draw in any case. Of a piece's contracted rows, their `RowPlace` says
+    which of the whole they are; None: all.
     """
     now = integer_or_load(epoch)
     if drawn_ptr is not None:
@@ -91,6 +111,10 @@ def _projection_kernel(projection_ptr, drawn_ptr, epoch, key, length, tag, SIGNS
             return
     first = tl.program_id(0) * BLOCK
     row = tl.program_id(1)
-    drawn = entries(key, first // 4 + tl.arange(0, BLOCK // 4), row, now, tag, SIGNS)
+    if run is None:
+        drawn = entries(key, first // 4 + tl.arange(0, BLOCK // 4), row, now, tag, SIGNS)
+    else:
+        here = first + tl.arange(0, BLOCK)
+        drawn = entries_at(key, first_row + here // run * distance + here % run, row, now, tag, SIGNS)
     place = first + tl.arange(0, BLOCK)
     tl.store(projection_ptr + row.to(tl.int64) * length + place, drawn.to(tl.bfloat16), mask=place < length)

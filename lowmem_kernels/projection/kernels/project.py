@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 
-from ...field_fragments import by_fours, field, field32, scratch, sum_of
+from ...field_fragments import by_fours, field, field32, rows_in_whole, scratch, sum_of
 from ...fragments import is_finite
 from ...line_fragments import GROUPS, LENGTH, LINES, lines_of, matrices_of, matrix, offsets
 from ..draw import OWN as _OWN
-from .constants import DRAW_KEY, OK, PROBE, PROBES, PROJECTED, RANK, SQUARES
-from .draw import entries
+from .constants import DRAW_KEY, FIRST_ROW, OK, PROBE, PROBES, PROJECTED, RANK, SQUARES
+from .draw import entries, entries_at
 
 OWN = tl.constexpr(_OWN)
 
@@ -46,7 +46,7 @@ def moment_offsets(at, e, lines, ranks, count, rank, RANKS_INSIDE: tl.constexpr)
 
 @triton.jit
 def projected_pointer(at):
-    """Pointer to the projected gradient in the scratch, whose parts start at multiples of 4 numbers."""
+    """Pointer to the projected gradient in the scratch or the sums, whose parts start at multiples of 4 numbers."""
     _, _, scratch_ptr = at
     return scratch_ptr + (field(at, PROJECTED) // 4) * 4
 
@@ -86,13 +86,16 @@ def some_sums(x, CONTIGUOUS: tl.constexpr, APART: tl.constexpr):
 
 @triton.jit
 def project_tile(
-    at, ticket, g_ptr, projection_ptr, epoch, gradient,
+    at, found, ticket, g_ptr, projection_ptr, epoch, gradient,
     STRIDED: tl.constexpr, CONTIGUOUS: tl.constexpr, RANKS_INSIDE: tl.constexpr,
     LINES_BY_8: tl.constexpr, LENGTH_BY_8: tl.constexpr, RANK_BY_8: tl.constexpr, SKIP_NONFINITE: tl.constexpr,
-    MODE: tl.constexpr, DRAWN: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    MODE: tl.constexpr, DRAWN: tl.constexpr, PLACES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_LINES: tl.constexpr, BLOCK_PLACES: tl.constexpr, RANKS_AT_A_TIME: tl.constexpr,
 ):  # fmt: skip
     """Read some channels. Writes their projections, unscaled, their sums of squares, and the sum of these.
+
+    ``found`` is as ``at``, for what belongs to channels. PLACES says where contracted elements are in the whole: "all"
+    are here, "fours" that lie side by side there do so here, or "any".
 
     MODE "dot": by products of matrices, for RANKS_AT_A_TIME ranks, then for the next ones, in another read. "one": by
     sums, with a single row of P that is drawn here where DRAWN. "none": only sums of squares.
@@ -135,7 +138,7 @@ def project_tile(
                     squares = tl.sum(by_line, 1)
                     start, index = moment_offsets(at, e, lines, ranks, count, rank, RANKS_INSIDE)
                     r_mask = inside[:, None] & (ranks < rank)[None, :]
-                    tl.store(projected_pointer(at) + start + index, product * factor, mask=r_mask)
+                    tl.store(projected_pointer(found) + start + index, product * factor, mask=r_mask)
             else:
                 by_line = tl.zeros((BLOCK_LINES, SUMS_OF_LINE), tl.float32)
                 by_place = tl.zeros((BLOCK_LINES, SUMS_OF_LINE), tl.float32)
@@ -148,25 +151,42 @@ def project_tile(
                     if MODE == "one":
                         if DRAWN:
                             quads = place // 4 + tl.arange(0, BLOCK_PLACES // 4)
-                            p = entries(draw_key, quads, 0, epoch, OWN, False)
+                            if PLACES == "any":
+                                whole = rows_in_whole(at, places, FIRST_ROW).to(tl.int32)
+                                p = entries_at(draw_key, whole, 0, epoch, OWN, False)
+                            else:
+                                if PLACES == "fours":
+                                    quads = (rows_in_whole(at, quads * 4, FIRST_ROW) // 4).to(tl.int32)
+                                p = entries(draw_key, quads, 0, epoch, OWN, False)
                         else:
                             p = tl.load(projection_ptr + places, mask=places < length, other=0.0).to(tl.float32)
                         by_place += some_sums(x * p[None, :], CONTIGUOUS, APART)
                 squares = tl.sum(by_line, 1)
                 if MODE == "one":
-                    r_ptrs = projected_pointer(at) + e.to(tl.int64) * count + lines
+                    r_ptrs = projected_pointer(found) + e.to(tl.int64) * count + lines
                     tl.store(r_ptrs, tl.sum(by_place, 1) * factor, mask=inside)
             squares = squares * factor * factor
-            tl.store(scratch(at, SQUARES) + e.to(tl.int64) * count + lines, squares, mask=inside)
+            tl.store(scratch(found, SQUARES) + e.to(tl.int64) * count + lines, squares, mask=inside)
             total += tl.sum(tl.where(inside, squares, 0.0))
     tl.store(scratch(at, PROBE) + ticket, total)
 
 
 @triton.jit
-def finish_projection(at, SKIP_NONFINITE: tl.constexpr):
-    """What the last ticket of the first read does: say whether the parameter is to be updated."""
-    if SKIP_NONFINITE:
+def finish_projection(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
+    """What the last ticket of the first read does: say whether the parameter is to be updated, or leave its sum."""
+    if sums_ptr is not None:
+        tl.store(sums_ptr + field(at, OK), sum_of(scratch(at, PROBE), field32(at, PROBES)))
+    elif SKIP_NONFINITE:
         total = sum_of(scratch(at, PROBE), field32(at, PROBES))
         tl.store(scratch(at, OK), tl.where(is_finite(total), 1.0, 0.0))
     else:
         tl.store(scratch(at, OK), 1.0)
+
+
+@triton.jit
+def is_usable(at, sums_ptr, SKIP_NONFINITE: tl.constexpr):
+    """1 where a parameter in pieces is to be updated, as its sum of squares over processes says."""
+    ok = tl.full((), 1.0, tl.float32)
+    if SKIP_NONFINITE:
+        ok = tl.where(is_finite(tl.load(sums_ptr + field(at, OK))), 1.0, 0.0)
+    return ok
