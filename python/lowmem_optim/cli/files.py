@@ -30,12 +30,15 @@ def make_place(path: Path) -> Path:
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
     """Keeps a folder for this process until it leaves, or ends however; raises ValueError where another one has it."""
-    with (folder / ".lock").open("w") as stream:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
         try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise ValueError(f"another process works in {folder}; allowed: when it has ended") from error
         yield
+    finally:
+        os.close(descriptor)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
