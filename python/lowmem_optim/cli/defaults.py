@@ -39,6 +39,9 @@ DEFAULTS = {
     ),
     "TorchAdafactor": Default(0.05, "AdaLomo's, whose rule it is but for a bound on the rate and the place of eps"),
     "torch.Adafactor": Default(0.05, "AdaLomo's, whose rule it is but for a bound on the rate and the place of eps"),
+    "CAME": Default(
+        2e-4, f"{TASK}: 2e-4 1.876, 5e-4 2.215, 1e-3 2.347, 2e-3 2.459, 4e-3 2.664; lower ones were not tried"
+    ),
     "SinkGD": Default(
         0.04,
         f"{TASK}: 0.02 1.799, 0.04 1.782, 0.08 1.965; with iterations=1 0.04 1.773, 0.08 1.833",
