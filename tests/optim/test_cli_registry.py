@@ -1,5 +1,8 @@
 """How `lowmem train` finds optimizers by name and gives them options."""
 
+import csv
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -134,3 +137,14 @@ def test_with_adafactor_for_the_rest_no_state_is_as_large_as_a_matrix(name):
 def test_build_names_the_optimizer_that_rejects_a_value():
     with pytest.raises(ValueError, match=r"torch.SGD\(lr=0.5, momentum=-1\): Invalid momentum"):
         find("torch.sgd").build(nn.Linear(2, 2), lr=0.5, options={"momentum": -1})
+
+
+def test_sources_of_rates_say_what_was_measured():
+    """Every figure of the committed sweeps, and the lowest of each optimizer is its default."""
+    with (Path(__file__).parents[2] / "bench/results/train_rates.csv").open() as stream:
+        rows = [*csv.DictReader(stream)]
+    for row in rows:
+        assert f"{row['validation_loss']}" in DEFAULTS[row["optimizer"]].source
+    for name in ("CAME", "TorchAdafactor", "AdamMini"):
+        best = min((row for row in rows if row["optimizer"] == name), key=lambda row: float(row["validation_loss"]))
+        assert float(best["lr"]) == DEFAULTS[name].lr
