@@ -272,6 +272,20 @@ def test_fsdp2_divides():
     assert root + 8 * layer == sum(map(nbytes, model.parameters()))
 
 
+def test_states_that_do_not_go_along_with_rows_are_whole():
+    """Of APOLLO's moments those of wide matrices, r numbers for each column; of Adafactor's sums those of columns."""
+    wide, tall = torch.nn.Linear(96, 32, bias=False), torch.nn.Linear(32, 96, bias=False)
+    model = torch.nn.Sequential(wide, tall, torch.nn.Linear(64, 64, bias=False))
+    row = planned(model, registry.find("apollo"), options={"rank": 4}, ranks=8, sharding="fsdp2")["ordinary"]
+    # step, epoch and norm of three; with as many rows as columns, columns are contracted
+    assert row.state == 4 * (2 * 4 * 96 + 2 * 4 * 96 // 8 + 2 * 4 * 64 // 8 + 3 * 3)
+    row = planned(model, registry.find("adafactor"), ranks=8, sharding="fsdp2")["ordinary"]
+    whole = planned(model, registry.find("adafactor"))["ordinary"]
+    rows, columns = 32 + 96 + 64, 96 + 32 + 64
+    assert whole.state - row.state == 4 * (rows - rows // 8)
+    assert row.state >= 4 * (rows // 8 + columns)
+
+
 def test_parts_are_those_of_the_rank_that_has_most():
     model = torch.nn.Sequential(torch.nn.Linear(8, 5, bias=False))
     row = planned(model, registry.find("torch.AdamW"), torch.float32, ranks=4, sharding="fsdp2")["ordinary"]

@@ -91,17 +91,33 @@ def _row(model: Model, choice: Choice, optimizer: torch.optim.Optimizer, mode: s
         mode,
         sum(_shard(param, shared) for param in everything),
         sum(_shard(param, shared) for param in params) if mode == "ordinary" else -(-step.gradients // shared),
-        -(-state_bytes(optimizer) // shared),
+        _state(optimizer, shared),
         step.temporaries and -(-step.temporaries // shared),
         None if model.sizes is None else activation_bytes(model.sizes, setting),
         _communication(model.module, setting, step.gradients),
     )
 
 
-def _shard(param: Tensor, ranks: int) -> int:
-    """Bytes of the largest of equal parts along the first dimension, as FSDP2 cuts."""
-    rows = param.shape[0] if param.ndim else 1
-    return 0 if param.numel() == 0 else -(-rows // ranks) * (nbytes(param) // rows)
+def _shard(tensor: Tensor, ranks: int, dim: int = 0) -> int:
+    """Bytes of the largest of equal parts along a dimension: of a parameter the first, as FSDP2 cuts."""
+    rows = tensor.shape[dim] if tensor.ndim else 1
+    return 0 if tensor.numel() == 0 else -(-rows // ranks) * (nbytes(tensor) // rows)
+
+
+def _state(optimizer: torch.optim.Optimizer, ranks: int) -> int:
+    """Bytes of state on a device: parts of those that go along with the dimension that is cut, and all of others."""
+    if ranks == 1:
+        return state_bytes(optimizer)
+    if not isinstance(optimizer, LowMemOptimizer):
+        states = (state for of_param in optimizer.state.values() for state in of_param.values())
+        return sum(_shard(state, ranks) for state in states if isinstance(state, Tensor))
+    total = 0
+    for group, place, param, _ in optimizer.members():
+        for key, state in optimizer.state[param].items():
+            if isinstance(state, Tensor):
+                dims = [*optimizer.state_dims(key, param, group, place)] if state.ndim else []
+                total += _shard(state, ranks, dims.index(0)) if 0 in dims else nbytes(state)
+    return total
 
 
 # gradients, and what updates allocate
