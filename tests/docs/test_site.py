@@ -13,6 +13,7 @@ from urllib.parse import urlsplit
 
 import pytest
 from markdown_it import MarkdownIt
+from playwright.sync_api import TimeoutError as PlaywrightTimeoutError
 from playwright.sync_api import sync_playwright
 
 from docs.html_pages import HtmlPage, target_of
@@ -159,6 +160,17 @@ def watch(page, served):
     return problems
 
 
+def finds(page, word):
+    """Whether the search has a result soon; it does not see what is typed before its index is loaded."""
+    page.fill("input[name=query]", "")
+    page.fill("input[name=query]", word)
+    try:
+        page.wait_for_selector(".md-search-result__link", timeout=5000)
+    except PlaywrightTimeoutError:
+        return False
+    return True
+
+
 @pytest.mark.browser
 @pytest.mark.skipif(CHROMIUM is None, reason="no chromium on PATH (Debian: apt-get install chromium); HTML was checked")
 def test_browser_shows_pages(site, html, served):
@@ -178,7 +190,6 @@ def test_browser_shows_pages(site, html, served):
             if link.startswith(served) and not (response := page.request.head(link)).ok:
                 problems.append(f"{link}: {response.status}")
         page.goto(served)
-        page.fill("input[name=query]", "stochastic")
-        page.wait_for_selector(".md-search-result__link")
+        assert any(finds(page, "stochastic") for _ in range(10))
     assert len(links) > len(html)  # the navigation alone has all pages
     assert not problems, "\n".join(problems)
