@@ -1,4 +1,4 @@
-"""What the commands share: options in panels of the help, errors that name an option, a bar."""
+"""What the commands share: options in panels of the help, errors that name an option, a bar, the sign for no figure."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,6 +7,9 @@ from typing import Any
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+#: what tables show for a figure that is not there
+ABSENT = "–"
 
 
 def option(panel: str, help: str, *flags: str, default: str | bool = True, **settings: Any) -> Any:

@@ -6,9 +6,10 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_optim.cli.arguments import ABSENT
 from lowmem_optim.cli.bench_rows import Row, percent_of_copy
 from lowmem_optim.cli.contenders import OTHERS
-from lowmem_optim.cli.report import ABSENT, MIB
+from lowmem_optim.cli.report import MIB
 
 WIDTH = 96  # below that names and figures would be cut
 NOTES = {

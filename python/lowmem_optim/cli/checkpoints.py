@@ -49,7 +49,12 @@ def remove_partial(folder: Path) -> None:
 def latest(folder: Path) -> Path | None:
     """The last complete checkpoint; None if there is none."""
     complete = [path for path in folder.glob("step-*") if not path.name.endswith(PARTIAL)]
-    return max(complete, key=lambda path: int(path.name.removeprefix("step-")), default=None)
+    return max(complete, key=steps_of, default=None)
+
+
+def steps_of(checkpoint: Path) -> int:
+    """How many steps had been taken when the checkpoint was written."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_run(checkpoint: Path) -> Run:

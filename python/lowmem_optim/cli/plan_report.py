@@ -8,13 +8,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_optim.cli.arguments import ABSENT
 from lowmem_optim.cli.files import json_of
-from lowmem_optim.cli.plan_advice import recommendation
+from lowmem_optim.cli.plan_advice import GB, recommendation
 from lowmem_optim.cli.plan_memory import PARTS, Row, Setting, largest_two
 from lowmem_optim.cli.plan_model import Model
-from lowmem_optim.cli.report import ABSENT
 
-GB = 10**9
 WIDTH = 116  # below that figures would be cut
 UNITS = {"MB": 10**6, "GB": GB, "TB": 10**12, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
 

@@ -10,12 +10,12 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lowmem_optim.cli.arguments import ABSENT
 from lowmem_optim.cli.files import write_whole
 from lowmem_optim.cli.loop import TrainConfig
 from lowmem_optim.cli.run import Run
 from lowmem_optim.cli.sweep import Grid, sweep_table
 
-ABSENT = "–"
 MIB = 2**20
 
 PEAK_NOTES = {

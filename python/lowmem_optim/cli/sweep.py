@@ -9,9 +9,8 @@ from matplotlib.figure import Figure
 from rich import box
 from rich.table import Table
 
+from lowmem_optim.cli.arguments import ABSENT
 from lowmem_optim.cli.run import Run
-
-ABSENT = "–"
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ from lowmem_optim.cli.arguments import blaming, option
 ALL_DIVERGED = FAILED = 1
 INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 
-
 #: options that are not those of the training itself
 NOT_KEPT = {"defaults", "out", "resume"}
 #: options that may be others when a training goes on, since its losses do not depend on them but for rounding

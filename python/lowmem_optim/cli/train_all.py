@@ -51,7 +51,7 @@ def _train_all(training: Training, folder: Path, console: Console, asked_to_stop
         for choice in training.choices:
             own = make_folder(folder / choice.label.replace(" ", "-").replace("/", "-"))
             if checkpoint := checkpoints.latest(own):
-                done = checkpoints.read_run(checkpoint).steps_taken
+                done = checkpoints.steps_of(checkpoint)
                 console.print(f"{choice.label}  {done} of {config.steps} steps are done", highlight=False, markup=False)
             run = loop.train(choice, config, training.text, display.show, asked_to_stop, own)
             runs.append(run)
