@@ -76,6 +76,13 @@ def test_naming_one_optimizer_trains_it_alone(train):
     assert "above" not in result.output
 
 
+def test_naming_none_trains_the_four_that_the_help_names(train):
+    _, record = train()
+    assert [run["optimizer"] for run in record["runs"]] == ["AdamW", "AdaLomo", "Adafactor", "SinkGD"]
+    output = words(CliRunner().invoke(app, ["train", "--help"]).output)
+    assert "[default: (adalomo, adafactor, sinkgd, unless -o is given)]" in output
+
+
 def test_options_reach_the_optimizer_and_the_record(train):
     _, record = train(*PAIR, "--opt", "momentum=0.9", "--weight-decay", "0.5", "--lr", "0.125")
     assert record["config"]["options"] == {"momentum": 0.9, "weight_decay": 0.5}

@@ -35,7 +35,8 @@ class Training:
 def training_of(arguments: dict[str, Any]) -> Training:
     """What the command's arguments, by name, ask for. Raises a usage error that names an option."""
     name, compare = arguments["optimizer"], arguments["compare"]
-    if name is None and compare is None:
+    # typer's context has an empty list where the command's own parameter would be None
+    if name is None and not compare:
         compare = [*DEFAULT_COMPARISON]
     with blaming("--optimizer"):
         choices = [registry.find(name or DEFAULT_OPTIMIZER)]
